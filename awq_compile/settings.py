@@ -1,0 +1,21 @@
+"""Every environment variable that awq-compile reads, typed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again: `$AWQ_COMPILE_CACHE`, else `$XDG_CACHE_HOME/awq-compile`, else `~/.cache/awq-compile`."""
+    if own := os.environ.get("AWQ_COMPILE_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "awq-compile"
+
+
+def num_threads() -> int:
+    """CPU threads to use: `$AWQ_COMPILE_THREADS`, else the processors this process may run on."""
+    if own := os.environ.get("AWQ_COMPILE_THREADS"):
+        return max(1, int(own))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
