@@ -1,0 +1,72 @@
+"""`MatmulProblem`: what a quantised linear must compute, as data. The key of the tuning database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
+
+ACTIVATIONS: Final = ("none", "relu", "silu_mul")
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to acc = x Wᵀ before it is stored, in this order: + bias, activation, + residual.
+
+    With `silu_mul`, W has 2N rows, gate over up, and y[:, n] = silu(acc[:, n]) * acc[:, n + N].
+    """
+
+    bias: bool = False
+    activation: str = "none"
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.activation in ACTIVATIONS, self.activation
+
+    @property
+    def name(self) -> str:
+        """For example `bias_silu_mul`; empty when nothing is fused."""
+        activation = () if self.activation == "none" else (self.activation,)
+        return "_".join((*(("bias",) if self.bias else ()), *activation, *(("residual",) if self.residual else ())))
+
+
+@dataclass(frozen=True)
+class MatmulProblem:
+    """y (M, N) = epilogue(x (M, K) @ Wᵀ), W in the packed form of `spec`. M is dynamic.
+
+    `n` counts the outputs: with `silu_mul` the weight has 2n rows. `dtype` is that of x, y and of the
+    arithmetic; sums are kept in float32.
+    """
+
+    n: int
+    k: int
+    spec: WeightSpec
+    epilogue: Epilogue = Epilogue()
+    dtype: str = "float32"
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of W."""
+        return 2 * self.n if self.epilogue.activation == "silu_mul" else self.n
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of W that one pass over it reads, scales and zero points included."""
+        return self.spec.nbytes(self.weight_rows, self.k)
+
+    @property
+    def name(self) -> str:
+        """A C identifier, unique to the problem."""
+        tail = f"_{self.epilogue.name}" if self.epilogue.name else ""
+        kind = self.spec.name if isinstance(self.spec, QuantSpec | Float16Spec) else ""
+        return f"qmatmul_{kind}_n{self.n}_k{self.k}{tail}" + ("" if self.dtype == "float32" else f"_{self.dtype}")
+
+
+ROW_BUCKETS: Final = ("gemv", "small", "gemm")  # M = 1, 2 to 8, more
+SMALL_ROWS: Final = 8
+
+
+def row_bucket(m: int) -> str:
+    """Which kernel serves M rows."""
+    return "gemv" if m == 1 else "small" if m <= SMALL_ROWS else "gemm"
