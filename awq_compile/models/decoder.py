@@ -22,6 +22,7 @@ from tvm.target import Target
 
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.kv_cache import KVCache, create_kv_cache
+from awq_compile.models.sampling import inplace_kernels, softmax_with_temperature
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,17 @@ def _last_row(x: Tensor) -> Tensor:
     return op.tensor_expr_op(last, "last_row", [x])
 
 
+def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """(M, H), (b,) → (b, H)."""
+
+    def take(x: te.Tensor, rows: te.Tensor) -> te.Tensor:
+        return te.compute((rows.shape[0], x.shape[1]), lambda i, j: x[rows[i], j], name="take_rows")
+
+    return op.tensor_expr_op(take, "take_rows", [x, rows])
+
+
 class Decoder(nn.Module):  # type: ignore[misc]
-    """Methods are the functions of the library; shapes are those of `_specs`."""
+    """Methods are the functions of the library; shapes are those of `_module_spec`."""
 
     def __init__(self, config: ModelConfig, sizes: DecoderSizes, target: Target) -> None:
         self.config, self.sizes, self.target = config, sizes, target
@@ -137,16 +147,44 @@ class Decoder(nn.Module):  # type: ignore[misc]
         return self.model.norm(select(self.model(_rows(x), cache)))
 
     def embed(self, input_ids: Tensor) -> Tensor:
+        weight = self.model.embed_tokens.weight
         # "clip": an id outside the vocabulary must not read outside the matrix.
-        return op.wrap_nested(relax.op.take(self.model.embed_tokens.weight._expr, input_ids._expr, axis=0, mode="clip"), "embed")
+        return op.wrap_nested(relax.op.take(weight._expr, input_ids._expr, axis=0, mode="clip"), "embed")
 
     def prefill(self, input_embed: Tensor, paged_kv_cache: KVCache) -> tuple[Tensor, KVCache]:
         logits = self._logits(self._hidden(input_embed, paged_kv_cache, _last_row))
         return op.reshape(logits, (1, 1, self.config.vocab_size)), paged_kv_cache
 
+    def batch_prefill(
+        self, input_embeds: Tensor, logit_positions: Tensor, paged_kv_cache: KVCache
+    ) -> tuple[Tensor, KVCache]:
+        hidden = self._hidden(input_embeds, paged_kv_cache, lambda x: _take_rows(x, logit_positions))
+        return op.unsqueeze(self._logits(hidden), 0), paged_kv_cache
+
     def decode(self, input_embed: Tensor, paged_kv_cache: KVCache) -> tuple[Tensor, KVCache]:
-        logits = self._logits(self._hidden(input_embed, paged_kv_cache))
-        return op.reshape(logits, (1, 1, self.config.vocab_size)), paged_kv_cache
+        return op.unsqueeze(self._logits(self._hidden(input_embed, paged_kv_cache)), 0), paged_kv_cache
+
+    def batch_decode(self, input_embeds: Tensor, paged_kv_cache: KVCache) -> tuple[Tensor, KVCache]:
+        return op.unsqueeze(self._logits(self._hidden(input_embeds, paged_kv_cache)), 1), paged_kv_cache
+
+    def batch_verify(self, input_embeds: Tensor, paged_kv_cache: KVCache) -> tuple[Tensor, KVCache]:
+        return op.unsqueeze(self._logits(self._hidden(input_embeds, paged_kv_cache)), 0), paged_kv_cache
+
+    def to_last_hidden_states(self, input_embeds: Tensor, paged_kv_cache: KVCache) -> tuple[Tensor, KVCache]:
+        """Exported five times, under the namesakes of the functions above."""
+        return op.reshape(self._hidden(input_embeds, paged_kv_cache), input_embeds.shape), paged_kv_cache
+
+    def get_logits(self, hidden_states: Tensor) -> Tensor:
+        return self._logits(hidden_states)
+
+    def batch_select_last_hidden_states(self, hidden_states: Tensor, logit_positions: Tensor) -> Tensor:
+        return _take_rows(hidden_states, logit_positions)
+
+    def alloc_embedding_tensor(self) -> Tensor:
+        return op.empty((self.sizes.prefill_chunk_size, self.config.hidden_size), self.dtype)
+
+    def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        return softmax_with_temperature(logits, temperature)
 
     def create_tir_paged_kv_cache(
         self,
@@ -156,23 +194,60 @@ class Decoder(nn.Module):  # type: ignore[misc]
         page_size: tirx.Var,
         support_sliding_window: tirx.Var,
     ) -> KVCache:
-        shape = relax.ShapeExpr([max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, support_sliding_window])
+        shape = relax.ShapeExpr(
+            [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, support_sliding_window]
+        )
         return create_kv_cache(self.config, shape, self.dtype, self.target, self.sizes.page_size)
 
 
-def _specs(decoder: Decoder) -> dict[str, dict[str, Any]]:
-    """Function name → argument name → its spec. Symbolic sizes: n tokens, b sequences."""
-    hidden, spec, dtype = decoder.config.hidden_size, nn.spec.Tensor, decoder.dtype
-    cache = nn.spec.Object(object_type=KVCache)
-    weights, no_weights = {"param_mode": "plain", "effect_mode": "none"}, {"param_mode": "none", "effect_mode": "none"}
-    forward = {"paged_kv_cache": cache, "$": weights}
-    sizes = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
-    return {
-        "embed": {"input_ids": spec(["n"], "int32"), "$": weights},
-        "prefill": {"input_embed": spec([1, "n", hidden], dtype), **forward},
-        "decode": {"input_embed": spec([1, 1, hidden], dtype), **forward},
-        "create_tir_paged_kv_cache": {**{name: int for name in sizes}, "$": no_weights},
+_CACHE_SHAPE = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
+
+
+def _module_spec(decoder: Decoder) -> nn.spec.ModuleSpec:
+    """The exported functions and their arguments. Symbolic sizes: n tokens, b sequences, m rows."""
+    spec, h, v, dtype = nn.spec.Tensor, decoder.config.hidden_size, decoder.config.vocab_size, decoder.dtype
+    cache = {"paged_kv_cache": nn.spec.Object(object_type=KVCache)}
+    positions = {"logit_positions": spec(["b"], "int32")}
+    one, several = spec([1, "n", h], dtype), spec(["b", 1, h], dtype)
+    with_weights: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "embed": (decoder.embed, {"input_ids": spec(["n"], "int32")}),
+        "prefill": (decoder.prefill, {"input_embed": one, **cache}),
+        "decode": (decoder.decode, {"input_embed": spec([1, 1, h], dtype), **cache}),
+        "batch_prefill": (decoder.batch_prefill, {"input_embeds": one, **positions, **cache}),
+        "batch_decode": (decoder.batch_decode, {"input_embeds": several, **cache}),
+        "batch_verify": (decoder.batch_verify, {"input_embeds": one, **cache}),
+        "get_logits": (decoder.get_logits, {"hidden_states": spec(["m", h], dtype)}),
     }
+    for name in ("prefill", "decode", "batch_prefill", "batch_decode", "batch_verify"):
+        arguments = with_weights[name][1]
+        embeds = arguments.get("input_embed") or arguments["input_embeds"]
+        found = (decoder.to_last_hidden_states, {"input_embeds": embeds, **cache})
+        with_weights[f"{name}_to_last_hidden_states"] = found
+    without_weights: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+        "batch_select_last_hidden_states": (
+            decoder.batch_select_last_hidden_states,
+            {"hidden_states": spec(["m", h], dtype), **positions},
+        ),
+        "alloc_embedding_tensor": (decoder.alloc_embedding_tensor, {}),
+        "softmax_with_temperature": (
+            decoder.softmax_with_temperature,
+            {"logits": spec(["b", 1, v], "float32"), "temperature": spec(["b"], "float32")},
+        ),
+        "create_tir_paged_kv_cache": (
+            decoder.create_tir_paged_kv_cache,
+            dict.fromkeys(_CACHE_SHAPE, nn.spec.Int()),
+        ),
+    }
+    names, methods = [], []
+    for mode, functions in (("plain", with_weights), ("none", without_weights)):
+        for name, (method, arguments) in functions.items():
+            names.append(name)
+            methods.append(
+                nn.spec.MethodSpec(
+                    method, list(arguments), list(arguments.values()), param_mode=mode, effect_mode="none"
+                )
+            )
+    return nn.spec.ModuleSpec(decoder, names, methods)
 
 
 def export_decoder(
@@ -185,5 +260,11 @@ def export_decoder(
     """
     decoder = Decoder(config, sizes, target or Target("llvm"))
     decoder.to(dtype)
-    module, parameters = decoder.export_tvm(_specs(decoder))
+    module, parameters = decoder.export_tvm(_module_spec(decoder))
+    for var, function in list(module.functions.items()):
+        if isinstance(function, relax.Function) and len(function.params) == function.attrs["num_input"]:
+            # No weights: without the attribute, bundling them adds no empty tuple to the signature.
+            module[var] = function.without_attr("num_input")
+    for name, kernel in inplace_kernels(config.vocab_size, config.hidden_size, dtype).items():
+        module[name] = kernel
     return module, [name for name, _ in parameters]
