@@ -23,6 +23,7 @@ class Epilogue:
 
     def __post_init__(self) -> None:
         assert self.activation in ACTIVATIONS, self.activation
+        assert not (self.bias and self.activation == "silu_mul"), "a bias before silu_mul would have 2N elements"
 
     @property
     def name(self) -> str:

@@ -1,0 +1,75 @@
+"""Schedules: frozen data that a kernel template takes, and their legality.
+
+A schedule belongs to a template, never to a device; which schedule a device gets is the tuning database's
+or the target's rule to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from awq_compile.errors import CompileError
+
+LANES: Final = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class GemvSchedule:
+    """For `kernels.simd_gemv`: few rows of x against a weight that is read once.
+
+    `lanes`: 32-bit elements of a vector; `rows`: rows of W per thread and step (they share the loads of
+    x); `batch`: rows of x computed together (they share the decoding of W).
+    """
+
+    lanes: int
+    rows: int
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.lanes not in LANES or self.rows < 2 or self.rows % 2 or self.batch < 1:
+            raise CompileError(f"illegal {self}: lanes {LANES}, an even number of rows, batch of at least 1")
+
+
+@dataclass(frozen=True)
+class GemmSchedule:
+    """For `kernels.simd_gemm`: many rows of x against a panel of W that is decoded into the cache.
+
+    A register tile is `m_tile` rows by `n_vectors * lanes` columns; a decoded panel is `k_block` deep; the
+    sums of `m_block` rows stay in the cache while the panels along K pass.
+    """
+
+    lanes: int
+    m_tile: int
+    n_vectors: int
+    k_block: int
+    m_block: int
+
+    def __post_init__(self) -> None:
+        if self.lanes not in LANES or self.n_vectors < 1 or self.m_tile < 1:
+            raise CompileError(f"illegal {self}: lanes {LANES}, at least one vector and one row")
+        if self.m_block % self.m_tile or self.k_block % 128:
+            raise CompileError(f"illegal {self}: m_block a multiple of m_tile, k_block of 128")
+
+    def fit(self, n: int, *, pairs: bool) -> GemmSchedule:
+        """This schedule with fewer vectors, then lanes, until a block has at most `n` columns.
+
+        With `pairs` half of the vectors are gates, so there are at least two.
+        """
+        least = 2 if pairs else 1
+        vectors = max(self.n_vectors // least * least, least)
+        while vectors > least and vectors // least * self.lanes > n:
+            vectors -= least
+        lanes = self.lanes
+        while lanes > 1 and vectors // least * lanes > n:
+            lanes //= 2
+        return replace(self, n_vectors=vectors, lanes=lanes)
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """One schedule for each bucket of rows M: 1, 2 to 8, more."""
+
+    gemv: GemvSchedule
+    small: GemvSchedule
+    gemm: GemmSchedule
