@@ -1,0 +1,381 @@
+"""Writes a DIST (see `manifest`): everything into a hidden sibling, renamed when it is complete.
+
+    with DistWriter(out) as dist:
+        dist.write_parameters(model_parameters(config, scheme), model)
+        dist.write_tokenizer(folder)
+        …
+        dist.commit(manifest data)
+
+Leaving the block without `commit`, by an error or Ctrl-C, removes what was written; a SIGKILL leaves the
+hidden sibling, which the next run removes. The final name only ever holds a whole DIST.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from awq_compile import __version__
+from awq_compile.errors import ArtifactError, EnvironmentMissingError, ModelError, UsageError
+from awq_compile.formats import QuantizedMatrix, QuantScheme
+from awq_compile.manifest import (
+    MANIFEST,
+    TENSOR_CACHE,
+    FileEntry,
+    LibraryEntry,
+    Manifest,
+    dump_json,
+    file_sha256,
+    is_dist,
+)
+from awq_compile.models.config import ModelConfig
+from awq_compile.models.parameters import Parameter
+
+SHARD_BYTES: Final = 32 << 20  # MLC's; a larger tensor gets a shard of its own
+
+# What tokenizers of the supported families consist of; the MLC runtime prefers tokenizer.json.
+TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+# Packages whose version can change the bytes that come out.
+_VERSIONED: Final = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch", "transformers", "ziglang")
+
+_DISK_ERRNOS: Final = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the size limit",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.ENOTDIR: "a part of the path is not a directory",
+    errno.EIO: "input/output error",
+}
+
+
+def disk_error(error: BaseException, path: Path | str | None = None) -> EnvironmentMissingError | None:
+    """The message for an error that means "the disk does not take it", else None.
+
+    Libraries that write for us (safetensors, TVM, the linker) lose the errno: their text is searched.
+    """
+    reason = _DISK_ERRNOS.get(error.errno or 0) if isinstance(error, OSError) else None
+    if reason is None and not isinstance(error, OSError):
+        text = str(error)
+        known = {"No space left on device": errno.ENOSPC, "File too large": errno.EFBIG, "NoSpaceLeft": errno.ENOSPC}
+        reason = next((_DISK_ERRNOS[code] for word, code in known.items() if word in text), None)
+    if reason is None:
+        return None
+    where = path or (error.filename if isinstance(error, OSError) else None)
+    return EnvironmentMissingError(
+        f"cannot write{f' {where}' if where else ''}: {reason}",
+        hint="free some space, or choose another folder with -o DIR",
+    )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the disk under `path` into one clear `EnvironmentMissingError`."""
+    try:
+        yield
+    except Exception as error:
+        if (clear := disk_error(error, path)) is not None:
+            raise clear from error
+        raise
+
+
+class WeightSource(Protocol):
+    """Where parameters come from, by Hugging Face tensor name: a `QuantizedModel`."""
+
+    def matrix(self, name: str) -> QuantizedMatrix | npt.NDArray[Any]:
+        """A linear's or the embedding's weight, packed, or float16 (N, K)."""
+        ...
+
+    def vector(self, name: str) -> npt.NDArray[Any]:
+        """A norm weight or a bias."""
+        ...
+
+
+class DistWriter:
+    """One DIST being written. `path` is the hidden sibling that `commit` renames to `final`."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final.resolve()
+        self.path = self.final.parent / f".{self.final.name}.partial"
+        self._old = self.final.parent / f".{self.final.name}.old"
+        self._lock: int | None = None
+        self.libraries: dict[str, LibraryEntry] = {}
+
+    def __enter__(self) -> Self:
+        check_output(self.final)
+        with disk_errors(self.final):
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(self._lock)
+                raise ArtifactError(
+                    f"another awq-compile is writing {self.final}", hint="wait for it, or choose -o DIR"
+                ) from None
+            shutil.rmtree(self._old, ignore_errors=True)
+            for left in self.path.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            (self.path / "lib").mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def write_text(self, name: str, text: str) -> None:
+        """One text file."""
+        with disk_errors(self.final):
+            (self.path / name).write_text(text, encoding="utf-8", newline="\n")
+
+    def write_parameters(self, parameters: Iterable[Parameter], source: WeightSource) -> int:
+        """Shards and tensor-cache.json, one parameter in memory at a time. Returns the bytes of all."""
+        shards: list[dict[str, Any]] = []
+        total = 0
+        with disk_errors(self.final):
+            for name, shape, dtype, parts in _arrays(parameters, source):
+                nbytes = sum(part.nbytes for part in parts)
+                if not shards or shards[-1]["nbytes"] + nbytes > SHARD_BYTES:
+                    data_path = f"params_shard_{len(shards)}.bin"
+                    shards.append({"dataPath": data_path, "format": "raw-shard", "nbytes": 0, "records": []})
+                shard = shards[-1]
+                with (self.path / shard["dataPath"]).open("ab") as file:
+                    for part in parts:
+                        file.write(np.ascontiguousarray(part).data)
+                record = {"name": name, "shape": list(shape), "dtype": dtype, "format": "raw", "nbytes": nbytes}
+                shard["records"].append({**record, "byteOffset": shard["nbytes"]})
+                shard["nbytes"] += nbytes
+                total += nbytes
+        count = sum(len(shard["records"]) for shard in shards)
+        self.write_text(
+            TENSOR_CACHE, dump_json({"metadata": {"ParamSize": count, "ParamBytes": total}, "records": shards})
+        )
+        return total
+
+    def write_tokenizer(self, source: Path) -> list[str]:
+        """Copies the tokenizer's files; returns their names."""
+        names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+        if "tokenizer.json" not in names:
+            raise ModelError(
+                f"{source} has no tokenizer.json",
+                hint="write one: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            )
+        with disk_errors(self.final):
+            for name in names:
+                shutil.copyfile(source / name, self.path / name)
+        return names
+
+    def library_path(
+        self, model: str, scheme: QuantScheme, target: str, suffix: str, tvm_target: dict[str, Any]
+    ) -> Path:
+        """Where the library for `target` goes; noted for the manifest."""
+        name = f"lib/{model}-{scheme.name}-{target.replace(':', '-')}{suffix}"
+        self.libraries[target] = LibraryEntry(name, tvm_target)
+        return self.path / name
+
+    def manifest(self, model: str, scheme: QuantScheme, options: dict[str, Any]) -> Manifest:
+        """Writes manifest.json for the files written so far."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name != MANIFEST)
+        entries = {p.relative_to(self.path).as_posix(): FileEntry(p.stat().st_size, file_sha256(p)) for p in files}
+        manifest = Manifest(model, scheme.name, self.libraries, options, versions(), entries)
+        self.write_text(MANIFEST, manifest.dumps())
+        return manifest
+
+    def commit(self) -> None:
+        """Gives the finished directory its final name, in one step where the file system can."""
+        assert (self.path / MANIFEST).is_file()
+        check_output(self.final)
+        with disk_errors(self.final):
+            if self.final.is_dir() and any(self.final.iterdir()):
+                if _exchange(self.path, self.final):
+                    return  # the old DIST now has the hidden name, and __exit__ removes it
+                self.final.rename(self._old)
+            self.path.rename(self.final)
+            shutil.rmtree(self._old, ignore_errors=True)
+
+
+def check_output(final: Path) -> None:
+    """Refuses to replace anything but an empty directory or a DIST."""
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise UsageError(f"{final} exists and is not a directory", hint="choose another folder with -o DIR")
+    try:
+        taken = final.is_dir() and any(final.iterdir()) and not is_dist(final)
+    except OSError as error:
+        raise disk_error(error, final) or error from None
+    if taken:
+        raise UsageError(
+            f"{final} exists and was not written by awq-compile, so it is not replaced",
+            hint="choose another folder with -o DIR",
+        )
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two directories' names atomically (Linux renameat2); False where that is not possible."""
+    if not sys.platform.startswith("linux"):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
+
+
+def _arrays(
+    parameters: Iterable[Parameter], source: WeightSource
+) -> Iterator[tuple[str, tuple[int, ...], str, list[npt.NDArray[Any]]]]:
+    """(name, shape, dtype, pieces whose rows are stacked) of every array, in parameter order."""
+    for parameter in parameters:
+        pieces: dict[str, list[npt.NDArray[Any]]] = {}
+        for tensor in parameter.sources:
+            if parameter.spec is None:
+                found: dict[str, npt.NDArray[Any]] = {"": source.vector(tensor)}
+            else:
+                matrix = source.matrix(tensor)
+                found = matrix.arrays() if isinstance(matrix, QuantizedMatrix) else {"weight": matrix}
+            for suffix, array in found.items():
+                pieces.setdefault(suffix, []).append(array)
+        expected = parameter.arrays()
+        if len(pieces) != len(expected):
+            raise ArtifactError(f"{parameter.name}: arrays {list(pieces)} do not fit {list(expected)}")
+        for (name, (shape, dtype)), parts in zip(expected.items(), pieces.values(), strict=True):
+            stacked = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            if stacked != shape or any(part.dtype != dtype for part in parts):
+                raise ArtifactError(f"{name}: found {stacked} {parts[0].dtype}, expected {shape} {dtype}")
+            yield name, shape, dtype, parts
+
+
+def versions() -> dict[str, str]:
+    """Version of this program and of every package that can change the bytes."""
+    found = {"awq-compile": __version__}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def chat_config(
+    config: ModelConfig,
+    scheme: QuantScheme,
+    *,
+    context_window_size: int,
+    prefill_chunk_size: int,
+    max_batch_size: int,
+    tokenizer_dir: Path,
+    tokenizer_files: list[str],
+) -> str:
+    """mlc-chat-config.json: the keys that MLC's C++ engine, JSON FFI and Python engine read.
+
+    `conv_template` is plain continuation: the prompt reaches the model as it is.
+    """
+    generation = _generation_defaults(tokenizer_dir)
+    sizes = {
+        "context_window_size": context_window_size,
+        "prefill_chunk_size": prefill_chunk_size,
+        "sliding_window_size": -1,
+        "attention_sink_size": -1,
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+        "max_batch_size": max_batch_size,
+    }
+    model_config = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.rms_norm_eps,
+        "position_embedding_base": config.rope_theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        **sizes,
+    }
+    plain = {
+        "name": "plain",
+        "system_template": "{system_message}",
+        "system_message": "",
+        "system_prefix_token_ids": _prefix_tokens(tokenizer_dir / "tokenizer.json"),
+        "add_role_after_system_message": True,
+        "roles": {"user": "", "assistant": ""},
+        "role_templates": {"user": "{user_message}", "assistant": "{assistant_message}", "tool": "{tool_message}"},
+        "messages": [],
+        "seps": [""],
+        "role_content_sep": "",
+        "role_empty_sep": "",
+        "stop_str": [],
+        "stop_token_ids": list(config.eos_token_ids),
+        "function_string": "",
+        "use_function_calling": False,
+    }
+    eos: Any = list(config.eos_token_ids)
+    return dump_json(
+        {
+            "version": "0.1.0",
+            "model_type": config.model_type,
+            "quantization": scheme.name,
+            "model_config": model_config,
+            "vocab_size": config.vocab_size,
+            **sizes,
+            **generation,
+            "conv_template": plain,
+            "tokenizer_files": tokenizer_files,
+            "pad_token_id": 0,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": eos,
+        }
+    )
+
+
+def _prefix_tokens(tokenizer_json: Path) -> list[int]:
+    """Tokens that the tokenizer puts before a text of its own accord (a begin token, or none)."""
+    from tokenizers import Tokenizer
+
+    try:
+        encoding = Tokenizer.from_file(str(tokenizer_json)).encode("", add_special_tokens=True)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{tokenizer_json} cannot be read: {error}") from None
+    return list(encoding.ids)
+
+
+def _generation_defaults(folder: Path) -> dict[str, float]:
+    """`temperature` and `top_p` of generation_config.json, where given: defaults of MLC's requests."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    keys = ("temperature", "top_p", "repetition_penalty")
+    return {k: float(data[k]) for k in keys if isinstance(data, dict) and isinstance(data.get(k), int | float)}

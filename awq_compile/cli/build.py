@@ -1,0 +1,302 @@
+"""The main job: `awq-compile MODEL --target cpu` quantises, compiles, packages and verifies."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from awq_compile.cli import options as o
+from awq_compile.cli.console import Output, nbytes, seconds, shown
+from awq_compile.cli.evaluate import (
+    DEFAULT_WINDOW,
+    cached,
+    checkpoint_candidate,
+    library_candidate,
+    measure,
+    model_candidates,
+    show,
+)
+from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme
+from awq_compile.errors import CompileError, UsageError
+
+if TYPE_CHECKING:
+    from awq_compile.artifact import DistWriter
+    from awq_compile.awq.calibrate import CalibrationSpec
+    from awq_compile.awq.checkpoint import QuantizedModel
+    from awq_compile.awq.quantize import Method
+    from awq_compile.cli.source import Source
+    from awq_compile.compiler import CompileOptions
+    from awq_compile.formats import QuantScheme
+    from awq_compile.targets.base import TargetSpec
+    from awq_compile.verification import Verification
+
+DEFAULT_CONTEXT: Final = 8192  # a longer window of the model is opt-in: the KV cache is allocated for it
+DEFAULT_PREFILL: Final = 512
+DEFAULT_BATCH: Final = 8
+
+_NOT_REPORTED = ("seconds", "library_bytes", "parameters")  # times differ between equal runs; the rest is elsewhere
+
+
+def build(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Hugging Face directory or model id, or a checkpoint of awq-compile quantize. "
+            "Without it: the current directory, if it holds a config.json.",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", metavar="TARGET", help="What to compile for; repeatable.", show_default="cpu"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Directory to write.", show_default="dist/<model>-<scheme>"),
+    ] = None,
+    scheme: o.Scheme = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    asymmetric: o.Asymmetric = False,
+    head_bits: o.HeadBits = None,
+    method: o.Method = "awq",
+    calib: o.Calib = None,
+    calib_samples: o.CalibSamples = None,
+    calib_length: o.CalibLength = None,
+    seed: o.Seed = 0,
+    context_window_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest sequence, in tokens.",
+            rich_help_panel=o.LIMITS,
+            show_default=f"the model's, at most {DEFAULT_CONTEXT}",
+        ),
+    ] = None,
+    prefill_chunk_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Prompt tokens in one pass.", rich_help_panel=o.LIMITS, show_default=str(DEFAULT_PREFILL)
+        ),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences at a time.", rich_help_panel=o.LIMITS, show_default=str(DEFAULT_BATCH)),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval", metavar="FILE", help="Measure perplexity on this text, and report it.", rich_help_panel=o.GENERAL
+        ),
+    ] = None,
+    dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the IR after every pass there.", rich_help_panel=o.GENERAL)
+    ] = None,
+    as_json: o.Json = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Quantise MODEL to INT4 by AWQ, compile it by TVM, package it for the MLC runtime, and verify the result."""
+    from awq_compile.artifact import check_output
+    from awq_compile.cli.source import find_model
+    from awq_compile.targets import resolve_target
+
+    output = Output(as_json, verbose)
+    targets = [resolve_target(name) for name in dict.fromkeys(target or ["cpu"])]
+    chosen = choose_scheme(scheme, bits, group_size, asymmetric, head_bits)
+    asked_scheme = scheme is not None or any(v is not None for v in (bits, group_size, head_bits)) or asymmetric
+    how = choose_method(method)
+    source = find_model(model, output)
+    if source.quantised:
+        from awq_compile.awq.checkpoint import open_checkpoint
+
+        quantised = open_checkpoint(source.path)
+        if asked_scheme and quantised.scheme != chosen:
+            raise UsageError(
+                f"{shown(source.path)} is quantised as {quantised.scheme.name}, and {chosen.name} was asked for",
+                hint="leave the scheme out, or give the original model",
+            )
+        chosen = quantised.scheme
+    final = out or Path("dist") / f"{source.name}-{chosen.name}"
+    check_output(final)
+    if not source.quantised:
+        calibration = calibration_spec(calib, calib_samples, calib_length, seed)
+        quantised = _quantised(source, chosen, calibration, how, output)
+    options = _options(quantised, context_window_size, prefill_chunk_size, max_batch_size)
+    job = _Job(source, quantised, targets, options, final, dump, output)
+    rows = []
+    if text is not None and not source.quantised:
+        rows = [cached(source, chosen, calibration, "rtn", output), quantised.path]
+    _tell(job.run(text, rows), output)
+
+
+def _quantised(
+    source: Source, scheme: QuantScheme, calibration: CalibrationSpec, method: Method, output: Output
+) -> QuantizedModel:
+    """The checkpoint from the cache, made or finished now when it is not there yet."""
+    from awq_compile.awq.checkpoint import is_checkpoint, open_checkpoint
+    from awq_compile.cli.source import cached_checkpoint, quantised
+
+    folder = cached_checkpoint(source, scheme, calibration, method)
+    if is_checkpoint(folder):
+        output.step(f"quantised before: {shown(folder)}")
+        return open_checkpoint(folder)
+    return quantised(source, folder, scheme, calibration, method, output)
+
+
+def _options(model: QuantizedModel, context: int | None, prefill: int | None, batch: int | None) -> CompileOptions:
+    """The limits, with the model's own context window as the largest."""
+    from awq_compile.compiler import CompileOptions
+
+    most = model.config.context_window_size
+    if context is not None and context > most:
+        raise UsageError(f"--context-window-size {context} is more than the model's own {most}", hint=f"at most {most}")
+    window = context or min(most, DEFAULT_CONTEXT)
+    return CompileOptions(
+        context_window_size=window,
+        prefill_chunk_size=min(prefill or DEFAULT_PREFILL, window),
+        max_batch_size=batch or DEFAULT_BATCH,
+    )
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the main job made."""
+
+    path: Path
+    report: dict[str, Any]
+    checkpoint: Path
+    compile_seconds: dict[str, float]
+    verification: dict[str, Verification]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything decided: what to compile, for what, to where."""
+
+    source: Source
+    model: QuantizedModel
+    targets: list[TargetSpec]
+    options: CompileOptions
+    final: Path
+    dump: Path | None
+    output: Output
+
+    def run(self, text: Path | None, measured: list[Path]) -> Built:
+        """Writes the DIST: parameters, tokenizer, configuration, libraries, report, manifest.
+
+        With `text`, the report carries perplexities: of the original and the checkpoints `measured`
+        (round-to-nearest, AWQ) when MODEL was floating-point, and of the library.
+        """
+        from awq_compile.artifact import DistWriter, chat_config, versions
+        from awq_compile.manifest import CHAT_CONFIG, dump_json
+        from awq_compile.models.parameters import model_parameters
+        from awq_compile.report import build_report, render_html
+
+        model, name = self.model, self.source.name
+        limits = {
+            "context_window_size": self.options.context_window_size,
+            "prefill_chunk_size": self.options.prefill_chunk_size,
+            "max_batch_size": self.options.max_batch_size,
+        }
+        recorded = {"method": model.method, **limits}
+        with DistWriter(self.final) as dist:
+            self.output.step("packaging the parameters")
+            dist.write_parameters(model_parameters(model.config, model.scheme), model)
+            tokenizer = dist.write_tokenizer(model.path)
+            config = chat_config(
+                model.config, model.scheme, **limits, tokenizer_dir=model.path, tokenizer_files=tokenizer
+            )
+            dist.write_text(CHAT_CONFIG, config)
+            compiled, took = self._compile(dist)
+            dist.manifest(name, model.scheme, recorded)  # what the runtime needs to open it for the next two steps
+            checks = self._verify(dist)
+            evaluation = self._evaluate(dist, text, measured, checks) if text is not None else None
+            facts = {target: check.to_json() for target, check in checks.items()}
+            report = build_report(
+                name, model, dist.path, dist.libraries, compiled, facts, recorded, versions(), evaluation
+            )
+            dist.write_text("report.json", dump_json(report))
+            dist.write_text("report.html", render_html(report))
+            dist.manifest(name, model.scheme, recorded)
+            dist.commit()
+        return Built(self.final, report, model.path, took, checks)
+
+    def _compile(self, dist: DistWriter) -> tuple[dict[str, Any], dict[str, float]]:
+        """(report data, seconds), by target name."""
+        from awq_compile.artifact import disk_errors
+        from awq_compile.compiler import compile_library
+
+        model = self.model
+        compiled: dict[str, Any] = {}
+        took: dict[str, float] = {}
+        for target in self.targets:
+            self.output.step(f"compiling for {target.name}")
+            library = dist.library_path(
+                self.source.name, model.scheme, target.name, target.library_suffix, target.tvm_target
+            )
+            folder = self.dump / target.name.replace(":", "-") if self.dump else None
+            started = time.monotonic()
+            with disk_errors(self.final):
+                found = compile_library(model.config, model.scheme, target, self.options, library, dump=folder)
+            took[target.name] = time.monotonic() - started
+            compiled[target.name] = {k: v for k, v in asdict(found).items() if k not in _NOT_REPORTED}
+        return compiled, took
+
+    def _verify(self, dist: DistWriter) -> dict[str, Verification]:
+        """Compares each library that can run here with torch; a difference beyond the tolerance stops the job."""
+        from awq_compile.verification import verify_library
+
+        found = {}
+        for target in self.targets:
+            self.output.step(f"verifying the library for {target.name}")
+            check = verify_library(dist.path, self.model, target)
+            if check.ran and not check.passed:
+                raise CompileError(
+                    f"the library for {target.name} computes logits that differ from torch's by "
+                    f"{check.max_difference:.3g} (at most {check.tolerance:.0e} is allowed)",
+                    hint="this is a bug in awq-compile: --dump DIR shows what each pass did",
+                )
+            found[target.name] = check
+        return found
+
+    def _evaluate(
+        self, dist: DistWriter, text: Path, measured: list[Path], checks: dict[str, Verification]
+    ) -> dict[str, Any]:
+        """Perplexities, of what this machine can run."""
+        candidates = []
+        if measured:
+            candidates = model_candidates(self.source.path, self.model.scheme, measured[0], measured[1])
+        else:
+            label = f"{self.model.method} {self.model.scheme.name}, torch"
+            candidates = [checkpoint_candidate(self.model.path, self.model.method, label)]
+        if any(check.ran for check in checks.values()):
+            candidates.append(library_candidate(dist.path, "compiled library"))
+        return measure(candidates, text, self.model.path, DEFAULT_WINDOW, None, self.output)
+
+
+def _tell(built: Built, output: Output) -> None:
+    """Where things are, and how large."""
+    report = built.report
+    size = report["sizes"]
+    output.say(f"{shown(built.path)}: {report['model']} as {report['scheme']}")
+    output.say(
+        f"  parameters  {nbytes(size['parameter_bytes'])}, {size['bits_per_weight']:.2f} bits per weight "
+        f"({nbytes(size['float16_bytes'])} in float16)"
+    )
+    for name, entry in report["libraries"].items():
+        check = built.verification[name]
+        took = seconds(built.compile_seconds[name])
+        output.say(f"  library     {entry['path']}, {nbytes(entry['nbytes'])}, compiled in {took}; {check.words()}")
+    output.say(f"  checkpoint  {shown(built.checkpoint)}")
+    output.say(f"  report      {shown(built.path / 'report.html')}")
+    if any(check.ran for check in built.verification.values()):
+        output.say(f'next: awq-compile run {shown(built.path)} --prompt "…"')
+    if report["evaluation"]:
+        show(report["evaluation"], output)
+    took_all = {"compile": built.compile_seconds}
+    output.result({"dist": str(built.path), "checkpoint": str(built.checkpoint), "seconds": took_all, "report": report})
