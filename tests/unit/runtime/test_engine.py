@@ -85,7 +85,7 @@ def test_context_window(engine: Engine) -> None:
     """Without a limit a text ends with the window; what cannot fit is refused before anything runs."""
     assert len(list(engine.generate([4] * 70))) == 10
     assert len(list(engine.generate([4] * 70, max_tokens=10))) == 10
-    with pytest.raises(UsageError, match="70 tokens, and 11 new ones do not fit.* 80 tokens") as caught:
+    with pytest.raises(UsageError, match=r"70 tokens, and 11 new ones do not fit.* 80 tokens") as caught:
         engine.generate([4] * 70, max_tokens=11)
     assert caught.value.hint == "--max-tokens 10"
     with pytest.raises(UsageError, match="80 tokens, and no room"):
