@@ -19,3 +19,8 @@ def num_threads() -> int:
     if own := os.environ.get("AWQ_COMPILE_THREADS"):
         return max(1, int(own))
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, str]:
+    """The environment that programs we start are given."""
+    return dict(os.environ)

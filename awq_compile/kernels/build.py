@@ -13,9 +13,9 @@ from awq_compile.problem import SMALL_ROWS, MatmulProblem
 from awq_compile.schedules import LinearSchedule
 
 
-def simd_linear(problem: MatmulProblem, schedule: LinearSchedule, rank: int = 3) -> Any:
+def simd_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     """The quantised linear for machines with vector registers: one function, three kernels."""
-    with linear_function(problem, rank, {"tirx.is_scheduled": True}) as (builder, args):
+    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
         with T.If(args.m == 1):
             with T.Then():
                 emit_gemv(args, schedule.gemv, 1)

@@ -1,9 +1,9 @@
 """The quantised linear as one PrimFunc: arguments, dispatch by rows, and the tag that names the problem.
 
-    y[b, s, n] = epilogue(sum_k x[b, s, k] * W[n, k])        x (B, S, K), y (B, S, N), M = B * S
+    y[m, n] = epilogue(sum_k x[m, k] * W[n, k])        x (M, K), W (N, K), y (M, N), M dynamic
 
-Arguments in order: x, the arrays of W (`WeightSpec.arrays`), the bias (N) float16 and the residual
-(B, S, N) where the epilogue has them, then y. A rank-2 x (M, K) has S left out.
+Arguments in order: x, the arrays of W (`WeightSpec.arrays`), the bias (N) float16 and the residual (M, N)
+where the epilogue has them, then y.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from tvm import tirx
+from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.formats import QuantSpec, WeightSpec
-from awq_compile.kernels.simd import cast, ramp
+from awq_compile.formats import Float16Spec, QuantSpec
+from awq_compile.kernels.simd import cast, ramp, zeros
 from awq_compile.problem import Epilogue, MatmulProblem
 
 Expr = Any
@@ -37,14 +37,8 @@ def decode_problem(text: str) -> MatmulProblem:
     """Inverse of `encode_problem`."""
     data = json.loads(text)
     spec = data["spec"]
-    data["spec"] = QuantSpec(**spec) if "bits" in spec else _float16(spec)
+    data["spec"] = QuantSpec(**spec) if "bits" in spec else Float16Spec(**spec)
     return MatmulProblem(**{**data, "epilogue": Epilogue(**data["epilogue"])})
-
-
-def _float16(spec: dict[str, Any]) -> WeightSpec:
-    from awq_compile.formats import Float16Spec
-
-    return Float16Spec(**spec)
 
 
 @dataclass(frozen=True)
@@ -84,7 +78,7 @@ class LinearArgs:
         if self.bias is not None:
             acc = acc + cast("float32", self.bias[n], lanes)
         if epilogue.activation == "relu":
-            acc = tirx.max(acc, cast("float32", tirx.const(0, "float32"), 1) if lanes == 1 else acc * 0.0)
+            acc = tirx.max(acc, zeros(lanes))
         if gate is not None:
             acc = gate / (tirx.exp(gate * -1.0) + 1.0) * acc
         if self.residual is not None:
@@ -93,30 +87,59 @@ class LinearArgs:
 
 
 @contextmanager
-def linear_function(problem: MatmulProblem, rank: int, attrs: dict[str, Any]) -> Iterator[tuple[IRBuilder, LinearArgs]]:
+def linear_function(problem: MatmulProblem, attrs: dict[str, Any]) -> Iterator[tuple[IRBuilder, LinearArgs]]:
     """Opens a PrimFunc with the arguments of `problem`; `builder.get()` is the function, after the block."""
-    with IRBuilder() as builder:
-        with T.prim_func():
-            T.func_name(problem.name)
-            T.func_attr({"tirx.noalias": True, TAG: encode_problem(problem), **attrs})
-            batch = [tirx.Var(name, "int64") for name in ("b", "s", "t")[: rank - 1]]
-            m: Expr = batch[0]
-            for size in batch[1:]:
-                m = m * size
-            n, k, dtype = problem.n, problem.k, problem.dtype
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(problem.name)
+        T.func_attr({"tirx.noalias": True, TAG: encode_problem(problem), **attrs})
+        m = tirx.Var("m", "int64")
+        n, k, dtype = problem.n, problem.k, problem.dtype
+        x = T.arg("x", T.buffer((m, k), dtype))
+        arrays = problem.spec.arrays(problem.weight_rows, k)
+        weight = {name: T.arg(name, T.buffer(shape, kind)) for name, (shape, kind) in arrays.items()}
+        bias = T.arg("bias", T.buffer((n,), "float16")) if problem.epilogue.bias else None
+        residual = T.arg("residual", T.buffer((m, n), dtype)) if problem.epilogue.residual else None
+        y = T.arg("y", T.buffer((m, n), dtype))
+        flat = {
+            name: T.decl_buffer((rows * columns,), kind, data=weight[name].data)
+            for name, ((rows, columns), kind) in arrays.items()
+        }
+        yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y)
 
-            def matrix(whole: Buffer, columns: int) -> Buffer:
-                return whole if rank == 2 else T.decl_buffer((m, columns), dtype, data=whole.data)
 
-            x = T.arg("x", T.buffer((*batch, k), dtype))
-            arrays = problem.spec.arrays(problem.weight_rows, k)
-            weight = {name: T.arg(name, T.buffer(shape, kind)) for name, (shape, kind) in arrays.items()}
-            bias = T.arg("bias", T.buffer((n,), "float16")) if problem.epilogue.bias else None
-            residual = T.arg("residual", T.buffer((*batch, n), dtype)) if problem.epilogue.residual else None
-            y = T.arg("y", T.buffer((*batch, n), dtype))
-            residual = None if residual is None else matrix(residual, n)
-            flat = {
-                name: T.decl_buffer((rows * columns,), kind, data=weight[name].data)
-                for name, ((rows, columns), kind) in arrays.items()
-            }
-            yield builder, LinearArgs(problem, m, matrix(x, k), weight, flat, bias, residual, matrix(y, n))
+def reference_linear(problem: MatmulProblem) -> Any:
+    """The same PrimFunc unscheduled, one loop nest per step: what the templates must compute."""
+    spec, n, k = problem.spec, problem.n, problem.k
+    rows = problem.weight_rows
+    m = te.var("m", "int64")
+    x = te.placeholder((m, k), problem.dtype, name="x")
+    weight = {name: te.placeholder(shape, kind, name=name) for name, (shape, kind) in spec.arrays(rows, k).items()}
+    bias = [te.placeholder((n,), "float16", name="bias")] if problem.epilogue.bias else []
+    residual = [te.placeholder((m, n), problem.dtype, name="residual")] if problem.epilogue.residual else []
+
+    def dequantized(i: Expr, j: Expr) -> Expr:
+        if isinstance(spec, Float16Spec):
+            return weight["weight"][i, j].astype("float32")
+        code = spec.layout.code(lambda word: weight["q_weight"][i, word], j).astype("float32")
+        zero = float(spec.zero) if spec.symmetric else weight["q_zero"][i, j // spec.group].astype("float32")
+        return (code - zero) * weight["q_scale"][i, j // spec.group].astype("float32")
+
+    w = te.compute((rows, k), dequantized, name="dequantized")
+    kk = te.reduce_axis((0, k), "kk")
+    acc = te.compute((m, rows), lambda i, j: te.sum(x[i, kk].astype("float32") * w[j, kk], axis=kk), name="matmul")
+
+    def finished(i: Expr, j: Expr) -> Expr:
+        value = acc[i, j]
+        if bias:
+            value = value + bias[0][j].astype("float32")
+        if problem.epilogue.activation == "relu":
+            value = tirx.max(value, tirx.const(0, "float32"))
+        elif problem.epilogue.activation == "silu_mul":
+            value = value * tirx.sigmoid(value) * acc[i, j + n]
+        if residual:
+            value = value + residual[0][i, j].astype("float32")
+        return value.astype(problem.dtype)
+
+    y = te.compute((m, n), finished, name="y")
+    function = te.create_prim_func([x, *weight.values(), *bias, *residual, y])
+    return function.with_attrs({TAG: encode_problem(problem), "tirx.noalias": True})

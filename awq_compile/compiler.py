@@ -1,0 +1,283 @@
+"""The compiler on one page: from a model's configuration to a library. Needs no weights.
+
+    decoder → quantise → schedule → lower → VM → build → link
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from awq_compile.errors import CompileError
+from awq_compile.formats import QuantScheme, WeightSpec
+from awq_compile.models.config import ModelConfig
+from awq_compile.models.parameters import Parameter, model_parameters
+from awq_compile.problem import MatmulProblem
+from awq_compile.schedules import LinearSchedule
+from awq_compile.targets.base import TargetSpec
+from awq_compile.tuning.database import ScheduleDatabase, shipped_records
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the user asks: sizes in tokens and sequences."""
+
+    context_window_size: int
+    prefill_chunk_size: int
+    max_batch_size: int
+
+
+@dataclass(frozen=True)
+class CompileContext:
+    """What it resolves to, once; the passes take their options from here and look at nothing else."""
+
+    config: ModelConfig
+    scheme: QuantScheme
+    target: TargetSpec
+    options: CompileOptions
+    parameters: tuple[Parameter, ...]
+    database: ScheduleDatabase
+    kernels: dict[str, Any] = field(default_factory=dict)  # problem name → what was chosen, for the report
+
+    @property
+    def plan(self) -> Mapping[str, WeightSpec]:
+        """Format of every matrix parameter."""
+        return {p.name: p.spec for p in self.parameters if p.spec is not None}
+
+    def choose(self, problem: MatmulProblem) -> LinearSchedule:
+        """Measured schedules where the database has them, else the target's rule."""
+        schedule, sources = self.database.apply(self.target.machine, problem, self.target.rule(problem))
+        self.kernels[problem.name] = {
+            bucket: {"source": sources[bucket], "schedule": asdict(getattr(schedule, bucket))} for bucket in sources
+        }
+        return schedule
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What was built. `parameters` are (name, shape, dtype) in the order that the library takes them."""
+
+    target: str
+    parameters: list[tuple[str, tuple[int, ...], str]]
+    kernels: dict[str, Any]
+    memory_usage: dict[str, int]
+    seconds: float
+    library_bytes: int
+
+
+def quantize_passes(context: CompileContext) -> list[Any]:
+    """Matmuls read packed weights, with their epilogues inside and a schedule each."""
+    from awq_compile.passes.apply_schedules import ApplySchedules
+    from awq_compile.passes.fuse_epilogue import FuseEpilogue
+    from awq_compile.passes.quantize_linears import QuantizeLinears
+    from awq_compile.passes.verify_quantized import VerifyQuantized
+
+    passes = (
+        QuantizeLinears(context.plan),
+        FuseEpilogue(),
+        ApplySchedules(context.choose),
+        VerifyQuantized(context.plan),  # before lowering, while names still say what they are
+    )
+    return [p.as_tvm() for p in passes]
+
+
+def lower_passes() -> list[Any]:
+    """From operators to fused PrimFuncs: all that is not a quantised linear goes through TVM's own passes."""
+    from tvm.relax import transform as t
+
+    return [
+        t.BundleModelParams("params"),  # one tuple, the same in every function, as the runtime passes it
+        t.LegalizeOps(),
+        t.AnnotateTIROpPattern(),
+        t.FoldConstant(),
+        t.FuseOps(),
+        t.FuseTIR(),
+        t.DeadCodeElimination(),
+    ]
+
+
+def vm_passes() -> list[Any]:
+    """From PrimFuncs and calls to VM code with planned memory."""
+    from tvm.relax import transform as t
+
+    return [
+        t.RewriteDataflowReshape(),
+        t.ToNonDataflow(),
+        t.RemovePurityChecking(),
+        t.CallTIRRewrite(),
+        t.StaticPlanBlockMemory(),
+        t.LowerAllocTensor(),
+        t.KillAfterLastUse(),
+        t.LowerRuntimeBuiltin(),
+        t.ComputePrimValue(),
+        t.VMShapeLower(),
+        t.AttachGlobalSymbol(),
+    ]
+
+
+def compile_library(
+    config: ModelConfig,
+    scheme: QuantScheme,
+    target: TargetSpec,
+    options: CompileOptions,
+    out: Path,
+    *,
+    dump: Path | None = None,
+) -> CompileReport:
+    """Compiles a model for a target and writes the library (or archive of objects) to `out`.
+
+    `dump` receives the IR after each pass. Raises `CompileError` when a check of the compiler fails.
+    """
+    import tvm
+    from tvm import relax
+
+    from awq_compile.models.decoder import DecoderSizes, export_decoder
+
+    start = time.monotonic()
+    parameters = tuple(model_parameters(config, scheme))
+    context = CompileContext(config, scheme, target, options, parameters, shipped_records())
+    sizes = DecoderSizes(options.context_window_size, options.prefill_chunk_size, options.max_batch_size)
+    tvm_target = tvm.target.Target(target.tvm_target)
+    module, _ = export_decoder(config, sizes, target.dtype, tvm_target)
+    instruments = [_dump_instrument(dump)] if dump is not None else []
+    with tvm_target, tvm.transform.PassContext(opt_level=3, instruments=instruments):
+        module = _with_bounds(module, options)
+        module = tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(module)
+        planned = tvm.transform.Sequential(vm_passes()[:5])(module)
+        memory = _memory_usage(planned)
+        planned["_metadata"] = _metadata_function(context, memory)
+        final = tvm.transform.Sequential(vm_passes()[5:])(planned)
+        executable = relax.build(final, target=tvm_target, relax_pipeline=None)
+    _export(executable, target, out)
+    return CompileReport(
+        target=target.name,
+        parameters=_arrays(parameters),
+        kernels=dict(sorted(context.kernels.items())),
+        memory_usage=memory,
+        seconds=time.monotonic() - start,
+        library_bytes=out.stat().st_size,
+    )
+
+
+def _arrays(parameters: tuple[Parameter, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    return [(name, shape, dtype) for p in parameters for name, (shape, dtype) in p.arrays().items()]
+
+
+def _with_bounds(module: Any, options: CompileOptions) -> Any:
+    """Upper bounds of the symbolic sizes, with which memory is planned once instead of at every call."""
+    from awq_compile.passes.base import copy, relax_functions
+
+    result = copy(module)
+    bounds = {"n": options.prefill_chunk_size, "m": options.prefill_chunk_size, "b": options.max_batch_size}
+    for var, function in relax_functions(module):
+        result[var] = function.with_attr("tir_var_upper_bound", bounds)
+    return result
+
+
+def _memory_usage(module: Any) -> dict[str, int]:
+    """Bytes of planned temporaries of each function."""
+    from awq_compile.passes.base import bindings_of, called_op, relax_functions
+
+    usage = {}
+    for var, function in relax_functions(module):
+        sizes = [
+            b.value.args[0].values[0] for b in bindings_of(function) if called_op(b.value) == "relax.memory.alloc_storage"
+        ]
+        usage[str(var.name_hint)] = sum(int(size) for size in sizes if hasattr(size, "value"))
+    return usage
+
+
+def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:
+    """`_metadata() -> str`, as `cpp/metadata/model.cc` of the MLC runtime reads it."""
+    from tvm import relax
+    from tvm.ir import StringImm
+
+    config, options = context.config, context.options
+    data = {
+        "model_type": config.model_type,
+        "quantization": context.scheme.name,
+        "context_window_size": options.context_window_size,
+        "sliding_window_size": -1,
+        "attention_sink_size": -1,
+        "prefill_chunk_size": options.prefill_chunk_size,
+        "max_batch_size": options.max_batch_size,
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+        "model_task": "chat",
+        "kv_state_kind": "kv_cache",
+        "params": [
+            {"name": name, "shape": list(shape), "dtype": dtype, "preprocs": [], "pipeline_stages": [0]}
+            for name, shape, dtype in _arrays(context.parameters)
+        ],
+        "memory_usage": memory,
+        "kv_cache": {
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+        },
+    }
+    builder = relax.BlockBuilder()
+    with builder.function("_metadata", params=[]):
+        builder.emit_func_output(StringImm(json.dumps(data, sort_keys=True)))
+    return builder.get()["_metadata"]
+
+
+def _export(executable: Any, target: TargetSpec, out: Path) -> None:
+    """Writes the library under a temporary name, then renames it."""
+    partial = out.with_name(f".{out.name}.partial")
+
+    def write(path: str, objects: list[str], **_: Any) -> None:
+        files = sorted(Path(o) for o in objects)
+        if target.library_suffix == ".tar":
+            _write_tar(Path(path), files)
+        else:
+            target.link(Path(path), files)
+
+    try:
+        executable.export_library(str(partial), fcompile=write)
+        partial.replace(out)
+    except OSError as error:
+        raise CompileError(f"{out} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_tar(path: Path, files: list[Path]) -> None:
+    """A tar without times, owners or folder names: equal objects give equal bytes."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for file in files:
+            data = file.read_bytes()
+            info = tarfile.TarInfo(file.name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def _dump_instrument(folder: Path) -> Any:
+    """A pass instrument that writes `NNN-Pass.py` with the module and its time after each pass."""
+    import tvm
+
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @tvm.instrument.pass_instrument
+    class Dump:
+        def __init__(self) -> None:
+            self.count = 0
+            self.started: list[float] = []
+
+        def run_before_pass(self, _module: Any, _info: Any) -> None:
+            self.started.append(time.monotonic())
+
+        def run_after_pass(self, module: Any, info: Any) -> None:
+            took = time.monotonic() - self.started.pop()
+            name = f"{self.count:03d}-{str(info.name).rpartition('.')[2] or 'pass'}.py"
+            (folder / name).write_text(f"# {took * 1e3:.1f} ms\n{module.script()}\n", encoding="utf-8")
+            self.count += 1
+
+    return Dump()

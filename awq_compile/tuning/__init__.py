@@ -1,0 +1,1 @@
+"""Measured schedules: where they are kept, and how the compiler finds them."""
