@@ -43,7 +43,7 @@ class CompileContext:
     options: CompileOptions
     parameters: tuple[Parameter, ...]
     database: ScheduleDatabase
-    kernels: dict[str, Any] = field(default_factory=dict)  # problem name → what was chosen, for the report
+    kernels: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # what was chosen, for the report
 
     @property
     def plan(self) -> Mapping[str, WeightSpec]:
@@ -53,9 +53,14 @@ class CompileContext:
     def choose(self, problem: MatmulProblem) -> LinearSchedule:
         """Measured schedules where the database has them, else the target's rule."""
         schedule, sources = self.database.apply(self.target.machine, problem, self.target.rule(problem))
-        self.kernels[problem.name] = {
-            bucket: {"source": sources[bucket], "schedule": asdict(getattr(schedule, bucket))} for bucket in sources
-        }
+        for bucket, source in sources.items():
+            chosen = asdict(getattr(schedule, bucket))
+            self.kernels[problem.name, bucket] = {
+                "kernel": problem.name,
+                "rows": bucket,
+                "schedule": " ".join(f"{name}={value}" for name, value in chosen.items()),
+                "source": source,
+            }
         return schedule
 
 
@@ -65,7 +70,7 @@ class CompileReport:
 
     target: str
     parameters: list[tuple[str, tuple[int, ...], str]]
-    kernels: dict[str, Any]
+    kernels: list[dict[str, Any]]
     memory_usage: dict[str, int]
     seconds: float
     library_bytes: int
@@ -158,7 +163,7 @@ def compile_library(
     return CompileReport(
         target=target.name,
         parameters=_arrays(parameters),
-        kernels=dict(sorted(context.kernels.items())),
+        kernels=[kernel for _, kernel in sorted(context.kernels.items())],
         memory_usage=memory,
         seconds=time.monotonic() - start,
         library_bytes=out.stat().st_size,
