@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import awq_compile
+from awq_compile.awq.block import Block, hf_config
 from awq_compile.awq.calibrate import CalibrationSpec, I64, calibration_tokens
 from awq_compile.awq.checkpoint import (
     COPIED_FILES,
@@ -24,6 +25,7 @@ from awq_compile.awq.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
+from awq_compile.awq.layer import LayerQuantizer
 from awq_compile.awq.rounding import decode, encode, pack, plain_grid
 from awq_compile.awq.work import Arrays, WorkDirectory
 from awq_compile.errors import AwqCompileError, ModelError, UsageError
@@ -165,9 +167,17 @@ def _run(
     if done:
         on_progress(done, total, None, f"resuming after layer {done} of {total}")
     started = time.monotonic()
+    hidden: torch.Tensor | None = None
+    if tokens is not None:
+        # cloned: loaded and computed tensors must be aligned alike, or sums may differ in their last bits
+        hidden = torch.from_numpy(work.hidden(done - 1)["hidden"]).clone() if done else _embed(weights, config, scheme, tokens)
+        hf = hf_config(config, weights.model_dir)
     for index in range(done, total):
-        arrays, reports = _rtn_layer(weights, config, scheme.linear, index)
-        work.commit_layer(index, arrays, reports, {})
+        if hidden is None:
+            arrays, reports = _rtn_layer(weights, config, scheme.linear, index)
+        else:
+            arrays, reports, hidden = _awq_layer(weights, config, scheme.linear, index, hidden, hf)
+        work.commit_layer(index, arrays, reports, {} if hidden is None else {"hidden": hidden.numpy()})
         finished = index + 1 - done
         on_progress(index + 1, total, (time.monotonic() - started) / finished * (total - index - 1), f"layer {index + 1} of {total}")
     if not work.outer_file.exists():
@@ -198,6 +208,24 @@ def _rtn(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Arrays, Line
     n, k = weight.shape
     report = LinearReport(name, (n, k), spec.name, error, error, note="error of the weights, no calibration")
     return named_arrays(name, pack(codes, grid, spec, name)), report
+
+
+def _embed(weights: Weights, config: ModelConfig, scheme: QuantScheme, tokens: I64) -> torch.Tensor:
+    """(B, T, H) inputs of the first layer."""
+    return weights.tensor("model.embed_tokens.weight").half().float()[torch.from_numpy(tokens)]
+
+
+def _awq_layer(
+    weights: Weights, config: ModelConfig, spec: QuantSpec, index: int, hidden: torch.Tensor, hf: Any
+) -> tuple[Arrays, list[LinearReport], torch.Tensor]:
+    tensors, name = weights.layer(index), f"model.layers.{index}"
+    with torch.inference_mode():
+        block = Block(config, hf, tensors, hidden.shape[1])
+        layer, out = LayerQuantizer(block, tensors, config, spec, name).run(hidden)
+    arrays: Arrays = {f"{name}.{key}": to_float16(value, f"{name}.{key}") for key, value in layer.vectors.items()}
+    for key, found in layer.linears.items():
+        arrays |= named_arrays(f"{name}.{key}", pack(found.codes, found.grid, spec, f"{name}.{key}"))
+    return arrays, layer.reports, out
 
 
 def _rtn_layer(weights: Weights, config: ModelConfig, spec: QuantSpec, index: int) -> tuple[Arrays, list[LinearReport]]:
