@@ -83,7 +83,9 @@ def text_windows(text: Path | str, model_dir: Path, length: int, most: int | Non
     count = len(ids) // length
     if not count:
         what = text if isinstance(text, Path) else "the text"
-        raise CalibrationError(f"{what} has {len(ids)} tokens, and one window needs {length}", hint="--window, or a longer text")
+        raise CalibrationError(
+            f"{what} has {len(ids)} tokens, and one window needs {length}", hint="--window, or a longer text"
+        )
     return ids[: count * length].reshape(count, length)[:most]
 
 
@@ -92,7 +94,9 @@ def _log_softmax(logits: F32) -> F32:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
 
 
-def score(candidates: Mapping[str, Logits], windows: Iterable[I64], reference: str | None = None) -> dict[str, WindowScores]:
+def score(
+    candidates: Mapping[str, Logits], windows: Iterable[I64], reference: str | None = None
+) -> dict[str, WindowScores]:
     """Scores every candidate on every window; `reference` names the one that KL is measured from (the first)."""
     names = list(candidates)
     base = reference or names[0]

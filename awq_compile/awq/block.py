@@ -44,6 +44,15 @@ def model_class(config: ModelConfig, model_dir: Path) -> tuple[Any, Any]:
     return getattr(_module(config, "modeling"), config.architecture.hf_name), hf_config(config, model_dir)
 
 
+def final_norm(config: ModelConfig, hf: Any, weight: torch.Tensor) -> nn.Module:
+    """The norm before the LM head."""
+    norm: nn.Module = getattr(_module(config, "modeling"), f"{_prefix(config)}RMSNorm")(
+        config.hidden_size, eps=hf.rms_norm_eps
+    )
+    norm.load_state_dict({"weight": weight}, assign=True)
+    return norm.requires_grad_(False)
+
+
 class _Captured(Exception):
     """Stops a forward pass once the input that was asked for is known."""
 
@@ -72,7 +81,7 @@ class Block:
 
     def chunks(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """(B, T, H) hidden states in pieces of some windows."""
-        yield from hidden.split(self.windows)
+        yield from torch.split(hidden, self.windows)
 
     @contextmanager
     def replaced(self, values: dict[str, torch.Tensor]) -> Iterator[None]:

@@ -84,7 +84,9 @@ def _line_text(line: str, number: int, path: Path) -> str:
         raise CalibrationError(f"{path}, line {number}, is not JSON: {problem}") from None
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
-        raise CalibrationError(f"{path}, line {number}: expected an object with a string under 'text', found {line:.60}")
+        raise CalibrationError(
+            f"{path}, line {number}: expected an object with a string under 'text', found {line:.60}"
+        )
     return text
 
 
@@ -152,7 +154,9 @@ def load_tokenizer(model_dir: Path) -> Any:
     try:
         slow = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except Exception as problem:  # missing converters, damaged files
-        raise ModelError(f"{model_dir}: its tokenizer cannot be read: {problem!s:.200}", hint="add tokenizer.json") from None
+        raise ModelError(
+            f"{model_dir}: its tokenizer cannot be read: {problem!s:.200}", hint="add tokenizer.json"
+        ) from None
     return lambda text, special: slow(text, add_special_tokens=special)["input_ids"]
 
 
@@ -164,7 +168,7 @@ def calibration_tokens(spec: CalibrationSpec, model_dir: Path, config: ModelConf
     """
     if spec.length > config.context_window_size:
         raise CalibrationError(
-            f"calibration windows of {spec.length} tokens do not fit the model's context of {config.context_window_size}",
+            f"calibration windows of {spec.length} tokens exceed the model's context of {config.context_window_size}",
             hint=f"--calib-length {config.context_window_size}",
         )
     encode = load_tokenizer(model_dir)
@@ -187,7 +191,8 @@ def calibration_tokens(spec: CalibrationSpec, model_dir: Path, config: ModelConf
         )
     if int(ids.max()) >= config.vocab_size:
         raise ModelError(
-            f"{model_dir}: the tokenizer gives token {int(ids.max())}, and config.json's vocab_size is {config.vocab_size}"
+            f"{model_dir}: the tokenizer gives token {int(ids.max())}, "
+            f"and config.json's vocab_size is {config.vocab_size}"
         )
     windows = ids[: len(ids) // body * body].reshape(-1, body)
     chosen = np.sort(np.random.default_rng(spec.seed).permutation(len(windows))[: spec.samples])

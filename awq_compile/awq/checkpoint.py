@@ -3,7 +3,8 @@
     awq_compile.json               format version, scheme, method, calibration, options, versions, source, reports
     model.safetensors.index.json   tensor name → file
     layer-00000.safetensors …      model.layers.0.self_attn.q_proj.q_weight | q_scale | q_zero, norms and biases float16
-    outer.safetensors              embedding, final norm, LM head
+    embedding.safetensors          embedding
+    head.safetensors               final norm, LM head
     config.json, tokenizer.json …  copied from the model
 
 Opening one treats it as hostile: names, shapes and dtypes are checked against the configuration and scheme
@@ -51,7 +52,8 @@ class LinearReport:
 
     `rtn_error` and `error` are relative output errors, sqrt(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)), of round-to-nearest
     (the same format, plain range) and of what was kept. `kind` is "mean" (s = a^r), "duo" (s = a^r / w^(1-r))
-    or "identity"; `ratio` is r. `kept` is "rtn", "awq" or "awq+refined".
+    or "identity"; `ratio` is r. `kept` is "rtn", "awq" or "awq+refined" for a layer's linear, "rtn",
+    "range search" or "range search+refined" for embedding and head.
     """
 
     name: str
@@ -109,7 +111,9 @@ class QuantizedModel:
         scale = self._finite(stem + "q_scale")
         zero = None if spec.symmetric else np.asarray(self._read(stem + "q_zero"), np.uint8)
         if zero is not None and int(zero.max(initial=0)) >= spec.levels:
-            raise CheckpointError(f"{self.path}: {stem}q_zero holds {int(zero.max())}, at most {spec.levels - 1} is allowed")
+            raise CheckpointError(
+                f"{self.path}: {stem}q_zero holds {int(zero.max())}, at most {spec.levels - 1} is allowed"
+            )
         return QuantizedMatrix(spec, np.asarray(self._read(stem + "q_weight"), np.uint32), scale, zero)
 
     def vector(self, name: str) -> F16:
@@ -183,7 +187,7 @@ def _check_arrays(path: Path, config: ModelConfig, scheme: QuantScheme) -> dict[
     for name, shape, dtype in checkpoint_arrays(config, scheme):
         shard = weight_map.get(name)
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set("/\\\0") & set(shard):
-            raise CheckpointError(f"{path / INDEX_FILE}: {name} lies in {shard!r}, expected a .safetensors file beside the index")
+            raise CheckpointError(f"{path / INDEX_FILE}: {name} lies in {shard!r}, expected a .safetensors beside it")
         if shard not in headers:
             headers[shard] = read_header(path / shard, ModelError)
         entry = headers[shard].get(name)
@@ -199,4 +203,5 @@ def _check_arrays(path: Path, config: ModelConfig, scheme: QuantScheme) -> dict[
 
 def write_json(path: Path, value: Any) -> None:
     """JSON with a fixed form, so that equal values give equal bytes."""
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -35,9 +35,11 @@ def factors(spec: QuantSpec) -> tuple[float, ...]:
     return _SHRINK + wider
 
 
-def block_error(delta: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """(N, K/G): δ H_g δᵀ of every row and group; `delta` (N, K), `blocks` (K/G, G, G)."""
-    grouped = as_groups(delta, blocks.shape[-1]).transpose(0, 1)  # (K/G, N, G)
+def block_error(delta: torch.Tensor, blocks: torch.Tensor | None, group: int) -> torch.Tensor:
+    """(N, K/G): δ H_g δᵀ of every row and group; `delta` (N, K), `blocks` (K/G, G, G), None for H = I."""
+    if blocks is None:
+        return as_groups(delta, group).square().sum(-1)
+    grouped = as_groups(delta, group).transpose(0, 1)  # (K/G, N, G)
     return ((grouped @ blocks) * grouped).sum(-1).T
 
 
@@ -48,13 +50,13 @@ def diagonal_blocks(gram: torch.Tensor, group: int) -> torch.Tensor:
     return gram.reshape(k // group, group, k // group, group)[index, :, index, :]
 
 
-def search_range(weight: torch.Tensor, gram: torch.Tensor, spec: QuantSpec) -> Clipped:
-    """The best range factor for every row and group of `weight` (N, K), given H (K, K) of its inputs."""
-    blocks = diagonal_blocks(gram, spec.group)
+def search_range(weight: torch.Tensor, gram: torch.Tensor | None, spec: QuantSpec) -> Clipped:
+    """The best range factor for every row and group of `weight` (N, K), given H of its inputs (None: the identity)."""
+    blocks = None if gram is None else diagonal_blocks(gram, spec.group)
     best_error: torch.Tensor | None = None
     for factor in factors(spec):
         grid = plain_grid(weight, spec, factor)
-        error = block_error(round_to(weight, grid, spec) - weight, blocks)
+        error = block_error(round_to(weight, grid, spec) - weight, blocks, spec.group)
         if best_error is None:
             best_error, scale, zero = error, grid.scale, grid.zero
             chosen = torch.ones_like(error)

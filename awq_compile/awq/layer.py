@@ -29,6 +29,8 @@ from awq_compile.models.architectures import ScaleGroup
 from awq_compile.models.config import ModelConfig
 
 SEARCH_WINDOWS: Final = 16
+SCOPE_WINDOWS: Final = 8  # windows on which variants of a group are compared by their scope's output
+_KEPT_BYTES: Final = 256 << 20  # inputs of a linear up to this size are kept, larger ones computed again
 FOLD_TOLERANCE: Final = 1e-4
 Run = Callable[[torch.Tensor], torch.Tensor]
 Tensors = dict[str, torch.Tensor]
@@ -161,18 +163,24 @@ class LayerQuantizer:
 
     def _round(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rounds group by group and returns the rounded layer's output."""
-        block = self.block
         qkv, out, gate_up, down = self.config.architecture.scale_groups
         self._store_vectors()
         self._round_group(qkv, gram_of(self._inputs(qkv, hidden))[0], hidden)
-        inputs = list(self._inputs(out, hidden))
-        self._round_group(out, gram_of(inputs)[0], hidden)
-        project = block.linear(out.linears[0])
-        middle = torch.cat([x + project(y) for x, y in zip(block.chunks(hidden), inputs, strict=True)])
-        del inputs
+        middle = self._round_last(out, hidden)
         self._round_group(gate_up, gram_of(self._inputs(gate_up, middle))[0], middle)
-        self._round_group(down, gram_of(self._inputs(down, middle))[0], middle)
-        return torch.cat([x + block.mlp(x) for x in block.chunks(middle)])
+        return self._round_last(down, middle)
+
+    def _round_last(self, group: ScaleGroup, states: torch.Tensor) -> torch.Tensor:
+        """Rounds the one linear that ends an attention block or MLP; returns `states` plus its output."""
+        linear, run = self.block.linear(group.linears[0]), self._run_of(group)
+        if 4 * states.shape[0] * states.shape[1] * linear.in_features <= _KEPT_BYTES:
+            inputs = list(self._inputs(group, states))
+            self._round_group(group, gram_of(inputs)[0], states)
+            outputs = (linear(y) for y in inputs)
+        else:
+            self._round_group(group, gram_of(self._inputs(group, states))[0], states)
+            outputs = (run(x) for x in self.block.chunks(states))
+        return torch.cat([x + y for x, y in zip(self.block.chunks(states), outputs, strict=True)])
 
     def _store_vectors(self) -> None:
         """Biases and q/k norms are stored in float16: the block computes with the stored values from here on."""
@@ -217,8 +225,9 @@ class LayerQuantizer:
         rows = torch.cat([self._rows(name) for name in group.linears])[:, None]
         scale = self.choices[group.fold_into].scale
         foldable = self.original[f"{group.fold_into}.weight"].ndim == 1
-        # 1/s of the next two is in rows that are rounded already, so their plain variant keeps s
-        plain_scale = exact_in_float16(self.original[f"{group.fold_into}.weight"], torch.ones_like(scale)) if foldable else scale
+        plain_scale = scale  # of o and down: 1/s is in rows that are rounded already
+        if foldable:
+            plain_scale = exact_in_float16(self.original[f"{group.fold_into}.weight"], torch.ones_like(scale))
 
         def variant(kept: str, s: torch.Tensor, rounded: Refined) -> _Variant:
             return _Variant(kept, s, rounded, decode(rounded.codes, rounded.grid, spec) * rows / s)
@@ -242,12 +251,17 @@ class LayerQuantizer:
         return free.repeat_interleave(sizes)[:, None]
 
     def _scope_errors(
-        self, group: ScaleGroup, gram: torch.Tensor, original: torch.Tensor, variants: list[_Variant], states: torch.Tensor
+        self,
+        group: ScaleGroup,
+        gram: torch.Tensor,
+        original: torch.Tensor,
+        variants: list[_Variant],
+        states: torch.Tensor,
     ) -> list[float]:
         """Squared output error of the group's scope for each variant."""
         if group.scope == group.linears[0]:
             return [quadratic(v.effective - original, gram) for v in variants]
-        picked, run = states[spread(len(states), SEARCH_WINDOWS)], self._run_of(group)
+        picked, run = states[spread(len(states), SCOPE_WINDOWS)], self._run_of(group)
         expected = torch.cat([run(x) for x in self.block.chunks(picked)])
         errors = []
         for v in variants:
@@ -258,7 +272,7 @@ class LayerQuantizer:
 
     def _split(self, group: ScaleGroup, stacked: torch.Tensor) -> Tensors:
         names = [f"{name}.weight" for name in group.linears]
-        parts = stacked.split([self.original[name].shape[0] for name in names])
+        parts = torch.split(stacked, [self.original[name].shape[0] for name in names])
         return dict(zip(names, parts, strict=True))
 
     def _commit(
@@ -291,7 +305,7 @@ class LayerQuantizer:
                     clipped=float((range_ratio < 0.99).float().mean()),
                     refined=variant.kept == "awq+refined",
                     kept=variant.kept,
-                    note="" if variant is not variants[0] or variant.kept != "rtn" else "round-to-nearest was not beaten",
+                    note="round-to-nearest was not beaten" if variant.kept == "rtn" else "",
                 )
             )
 

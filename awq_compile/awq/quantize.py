@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import awq_compile
-from awq_compile.awq.block import Block, hf_config
-from awq_compile.awq.calibrate import CalibrationSpec, I64, calibration_tokens
+from awq_compile.awq.block import Block, final_norm, hf_config
+from awq_compile.awq.calibrate import I64, CalibrationSpec, calibration_tokens
 from awq_compile.awq.checkpoint import (
     COPIED_FILES,
     FORMAT_VERSION,
@@ -25,11 +25,13 @@ from awq_compile.awq.checkpoint import (
     is_checkpoint,
     open_checkpoint,
 )
-from awq_compile.awq.layer import LayerQuantizer
+from awq_compile.awq.layer import LayerQuantizer, gram_of
+from awq_compile.awq.outer import report as outer_report
+from awq_compile.awq.outer import round_rows
 from awq_compile.awq.rounding import decode, encode, pack, plain_grid
 from awq_compile.awq.work import Arrays, WorkDirectory
 from awq_compile.errors import AwqCompileError, ModelError, UsageError
-from awq_compile.formats import GROUPS, Float16Spec, QuantizedMatrix, QuantScheme, QuantSpec
+from awq_compile.formats import GROUPS, Float16Spec, QuantizedMatrix, QuantScheme, QuantSpec, dequantize_matrix
 from awq_compile.models.config import ModelConfig, read_config
 from awq_compile.models.weights import Weights, to_float16
 
@@ -113,7 +115,12 @@ def _copied(model_dir: Path) -> list[Path]:
 
 
 def _key(
-    model_dir: Path, weights: Weights, scheme: QuantScheme, method: Method, calibration: CalibrationSpec, text_sha256: str
+    model_dir: Path,
+    weights: Weights,
+    scheme: QuantScheme,
+    method: Method,
+    calibration: CalibrationSpec,
+    text_sha256: str,
 ) -> dict[str, Any]:
     """Everything that determines the checkpoint's bytes."""
     import transformers
@@ -168,20 +175,23 @@ def _run(
         on_progress(done, total, None, f"resuming after layer {done} of {total}")
     started = time.monotonic()
     hidden: torch.Tensor | None = None
+    hf = hf_config(config, weights.model_dir)
+    if not work.embedding_file.exists():
+        work.commit(work.embedding_file, *_embedding(weights, config, scheme, searched=tokens is not None))
     if tokens is not None:
-        # cloned: loaded and computed tensors must be aligned alike, or sums may differ in their last bits
-        hidden = torch.from_numpy(work.hidden(done - 1)["hidden"]).clone() if done else _embed(weights, config, scheme, tokens)
-        hf = hf_config(config, weights.model_dir)
+        hidden = torch.from_numpy(work.hidden(done - 1)["hidden"]) if done else _embed(work, scheme, tokens)
+        hidden = hidden.clone()  # loaded and computed states aligned alike, else sums may differ in their last bits
     for index in range(done, total):
         if hidden is None:
-            arrays, reports = _rtn_layer(weights, config, scheme.linear, index)
+            arrays, reports = _rtn_layer(weights, scheme.linear, index)
         else:
             arrays, reports, hidden = _awq_layer(weights, config, scheme.linear, index, hidden, hf)
         work.commit_layer(index, arrays, reports, {} if hidden is None else {"hidden": hidden.numpy()})
         finished = index + 1 - done
-        on_progress(index + 1, total, (time.monotonic() - started) / finished * (total - index - 1), f"layer {index + 1} of {total}")
-    if not work.outer_file.exists():
-        work.commit(work.outer_file, *_outer(weights, config, scheme))
+        left = (time.monotonic() - started) / finished * (total - index - 1)
+        on_progress(index + 1, total, left, f"layer {index + 1} of {total}")
+    if not work.head_file.exists():
+        work.commit(work.head_file, *_head(weights, config, scheme, hidden, hf))
     _finish(work, weights.model_dir, total, key)
 
 
@@ -189,7 +199,7 @@ def _finish(work: WorkDirectory, model_dir: Path, layers: int, key: dict[str, An
     for path in _copied(model_dir):
         work.copy(path)
     work.write_index()
-    files = [*(work.layer_file(i) for i in range(layers)), work.outer_file]
+    files = [work.embedding_file, *(work.layer_file(i) for i in range(layers)), work.head_file]
     reports = [report.to_json() for path in files for report in work.reports(path)]
     work.write_json(META_FILE, {**key, "reports": reports})
     work.finish()
@@ -210,9 +220,15 @@ def _rtn(name: str, weight: torch.Tensor, spec: QuantSpec) -> tuple[Arrays, Line
     return named_arrays(name, pack(codes, grid, spec, name)), report
 
 
-def _embed(weights: Weights, config: ModelConfig, scheme: QuantScheme, tokens: I64) -> torch.Tensor:
-    """(B, T, H) inputs of the first layer."""
-    return weights.tensor("model.embed_tokens.weight").half().float()[torch.from_numpy(tokens)]
+def _embed(work: WorkDirectory, scheme: QuantScheme, tokens: I64) -> torch.Tensor:
+    """(B, T, H) inputs of the first layer, from the embedding as it is stored."""
+    stored = work.arrays(work.embedding_file)
+    arrays = {name.removeprefix("model.embed_tokens."): value for name, value in stored.items()}
+    if isinstance(scheme.head, Float16Spec):
+        return torch.from_numpy(arrays["weight"][tokens]).float()
+    used, index = np.unique(tokens, return_inverse=True)
+    rows = QuantizedMatrix(scheme.head, *(arrays[key][used] for key in scheme.head.arrays(1, scheme.head.group)))
+    return torch.from_numpy(dequantize_matrix(rows)[index.reshape(tokens.shape)])
 
 
 def _awq_layer(
@@ -228,7 +244,7 @@ def _awq_layer(
     return arrays, layer.reports, out
 
 
-def _rtn_layer(weights: Weights, config: ModelConfig, spec: QuantSpec, index: int) -> tuple[Arrays, list[LinearReport]]:
+def _rtn_layer(weights: Weights, spec: QuantSpec, index: int) -> tuple[Arrays, list[LinearReport]]:
     arrays: Arrays = {}
     reports = []
     for name, value in weights.layer(index).items():
@@ -242,16 +258,41 @@ def _rtn_layer(weights: Weights, config: ModelConfig, spec: QuantSpec, index: in
     return arrays, reports
 
 
-def _outer(weights: Weights, config: ModelConfig, scheme: QuantScheme) -> tuple[Arrays, list[LinearReport]]:
-    arrays: Arrays = {"model.norm.weight": weights.float16("model.norm.weight")}
-    reports = []
-    weights_of = {"model.embed_tokens.weight": lambda: weights.tensor("model.embed_tokens.weight")}
-    weights_of["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"] = weights.head
-    for name, read in weights_of.items():
-        if isinstance(scheme.head, Float16Spec):
-            arrays[name] = to_float16(read(), name)
-        else:
-            packed, report = _rtn(name, read(), scheme.head)
-            arrays |= packed
-            reports.append(report)
-    return arrays, reports
+def _embedding(
+    weights: Weights, config: ModelConfig, scheme: QuantScheme, *, searched: bool
+) -> tuple[Arrays, list[LinearReport]]:
+    name = "model.embed_tokens.weight"
+    value = weights.head() if config.tie_word_embeddings else weights.tensor(name)
+    return _outer(name, value, scheme, None, searched=searched)
+
+
+def _head(
+    weights: Weights, config: ModelConfig, scheme: QuantScheme, hidden: torch.Tensor | None, hf: Any
+) -> tuple[Arrays, list[LinearReport]]:
+    """Final norm and, unless tied, the LM head, calibrated by the final norm's outputs."""
+    norm = weights.float16("model.norm.weight")
+    arrays: Arrays = {"model.norm.weight": norm}
+    if config.tie_word_embeddings:
+        return arrays, []
+    gram = None
+    if hidden is not None and isinstance(scheme.head, QuantSpec):
+        final = final_norm(config, hf, torch.from_numpy(norm.astype(np.float32)))
+        with torch.inference_mode():
+            gram, _ = gram_of(final(x) for x in hidden)
+    name = "lm_head.weight"
+    found, reports = _outer(name, weights.tensor(name), scheme, gram, searched=hidden is not None)
+    return arrays | found, reports
+
+
+def _outer(
+    name: str, value: torch.Tensor, scheme: QuantScheme, gram: torch.Tensor | None, *, searched: bool
+) -> tuple[Arrays, list[LinearReport]]:
+    if isinstance(scheme.head, Float16Spec):
+        return {name: to_float16(value, name)}, []
+    if not searched:
+        arrays, report = _rtn(name, value, scheme.head)
+        return arrays, [report]
+    with torch.inference_mode():
+        found = round_rows(value, scheme.head, gram)
+        report = outer_report(name, value, found, scheme.head, gram)
+    return named_arrays(name, pack(found.codes, found.grid, scheme.head, name)), [report]

@@ -42,12 +42,12 @@ def damped(gram: torch.Tensor, amount: float = DAMPING) -> torch.Tensor:
 def inverse_cholesky(hessian: torch.Tensor) -> torch.Tensor:
     """Upper U with H^-1 = Uᵀ U."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper
 
 
-def compensated(weight: torch.Tensor, grid: Grid, hessian: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """GPTQ's codes (N, K) on a fixed grid."""
-    upper = inverse_cholesky(hessian)
+def compensated(weight: torch.Tensor, grid: Grid, upper: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """GPTQ's codes (N, K) on a fixed grid; `upper` is the Cholesky factor of H^-1."""
     wt = weight.T.contiguous()  # (K, N), overwritten by what is still to be rounded
     scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
     codes = torch.empty_like(wt)
@@ -68,7 +68,9 @@ def compensated(weight: torch.Tensor, grid: Grid, hessian: torch.Tensor, spec: Q
     return codes.T
 
 
-def _refit_scales(residual: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, group: int) -> None:
+def _refit_scales(
+    residual: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, hessian: torch.Tensor, group: int
+) -> None:
     """One pass over the groups' scales (K/G, N); updates `residual` = R (K, N) and `scale` in place."""
     for g in range(scale.shape[0]):
         part = slice(g * group, (g + 1) * group)
@@ -81,7 +83,12 @@ def _refit_scales(residual: torch.Tensor, centred: torch.Tensor, scale: torch.Te
 
 
 def _sweep_codes(
-    residual: torch.Tensor, centred: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec
+    residual: torch.Tensor,
+    centred: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    hessian: torch.Tensor,
+    spec: QuantSpec,
 ) -> None:
     """One pass over all codes; `centred` = q - z (K, N) and `residual` = R are updated in place."""
     k, n = centred.shape
@@ -104,10 +111,21 @@ def _sweep_codes(
         residual.addmm_(hessian[start:stop].T, moves, alpha=-1)
 
 
-def refine(weight: torch.Tensor, grid: Grid, gram: torch.Tensor, spec: QuantSpec, sweeps: int = SWEEPS) -> Refined:
-    """Codes and scales for `weight` (N, K) started from `grid`; the caller compares with what it had."""
+def refine(
+    weight: torch.Tensor,
+    grid: Grid,
+    gram: torch.Tensor,
+    spec: QuantSpec,
+    *,
+    sweeps: int = SWEEPS,
+    upper: torch.Tensor | None = None,
+) -> Refined:
+    """Codes and scales for `weight` (N, K) started from `grid`; the caller compares with what it had.
+
+    `upper` is `inverse_cholesky(damped(gram))` where the caller has it already.
+    """
     hessian = damped(gram)
-    codes = compensated(weight, grid, hessian, spec)
+    codes = compensated(weight, grid, inverse_cholesky(hessian) if upper is None else upper, spec)
     if not sweeps:
         return Refined(codes, grid)
     zero, scale = grid.zero.T.contiguous(), grid.scale.T.contiguous()

@@ -34,7 +34,7 @@ class Grid(NamedTuple):
 
 def as_groups(weight: torch.Tensor, group: int) -> torch.Tensor:
     """(…, N, K) → (…, N, K/G, G)."""
-    return weight.unflatten(-1, (-1, group))
+    return weight.reshape(*weight.shape[:-1], -1, group)
 
 
 def storable(scale: torch.Tensor) -> torch.Tensor:

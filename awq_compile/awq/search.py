@@ -83,7 +83,11 @@ def scaled_delta(weight: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> 
 
 
 def search_scale(
-    weight: torch.Tensor, gram: torch.Tensor, mean_abs: torch.Tensor, spec: QuantSpec, heads: tuple[int, int] | None = None
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    mean_abs: torch.Tensor,
+    spec: QuantSpec,
+    heads: tuple[int, int] | None = None,
 ) -> Choice:
     """Best scales for the stacked rows `weight` (N, K) of all linears that share them; never worse than identity."""
     n, k = weight.shape

@@ -62,7 +62,9 @@ class WorkDirectory:
             self._lock = (self.root / "lock").open("ab")
         except OSError as problem:
             self._remove_parents()
-            raise EnvironmentMissingError(f"{self.root} cannot be written: {problem.strerror}", hint="choose another -o") from None
+            raise EnvironmentMissingError(
+                f"{self.root} cannot be written: {problem.strerror}", hint="choose another -o"
+            ) from None
         with suppress(ImportError):
             import fcntl
 
@@ -70,7 +72,9 @@ class WorkDirectory:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self._lock.close()
-                raise UsageError(f"{self.root} is in use by another quantisation", hint="wait for it, or choose another -o") from None
+                raise UsageError(
+                    f"{self.root} is in use by another quantisation", hint="wait for it, or choose another -o"
+                ) from None
 
     def prepare(self, key: dict[str, Any]) -> tuple[int, bool]:
         """(finished layers to go on from, whether something else lay there and was dropped)."""
@@ -104,9 +108,14 @@ class WorkDirectory:
         return self.checkpoint / f"layer-{index:05d}.safetensors"
 
     @property
-    def outer_file(self) -> Path:
-        """Where embedding, final norm and head lie."""
-        return self.checkpoint / "outer.safetensors"
+    def embedding_file(self) -> Path:
+        """Where the embedding lies, rounded before the layers."""
+        return self.checkpoint / "embedding.safetensors"
+
+    @property
+    def head_file(self) -> Path:
+        """Where final norm and LM head lie, rounded after the layers."""
+        return self.checkpoint / "head.safetensors"
 
     @property
     def _replaced(self) -> Path:
@@ -125,7 +134,9 @@ class WorkDirectory:
             temporary.replace(path)
             sync(path.parent)
         except (OSError, SafetensorError) as problem:
-            raise EnvironmentMissingError(f"{path} cannot be written: {problem}", hint="free some space, or choose another -o") from None
+            raise EnvironmentMissingError(
+                f"{path} cannot be written: {problem}", hint="free some space, or choose another -o"
+            ) from None
 
     def commit(self, path: Path, arrays: Arrays, reports: list[LinearReport]) -> None:
         """Writes one file of the checkpoint."""
@@ -137,11 +148,16 @@ class WorkDirectory:
         if hidden:
             self._write(lambda temporary: save_file(hidden, temporary), self._hidden_file(index))
         self.commit(self.layer_file(index), arrays, reports)
-        self._hidden_file(index - 1).unlink(missing_ok=True)
+        if index:
+            self._hidden_file(index - 1).unlink(missing_ok=True)
 
     def hidden(self, index: int) -> Arrays:
         """The states after a finished layer."""
-        with safe_open(self._hidden_file(index), framework="numpy") as file:
+        return self.arrays(self._hidden_file(index))
+
+    def arrays(self, path: Path) -> Arrays:
+        """What `commit` wrote into a file."""
+        with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name).copy() for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def reports(self, path: Path) -> list[LinearReport]:

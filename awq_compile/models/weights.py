@@ -136,7 +136,7 @@ class Weights:
             inside = isinstance(shard, str) and shard.endswith(".safetensors") and not set("/\\\0") & set(shard)
             if not inside or shard.startswith(".."):
                 raise ModelError(
-                    f"{index}: weight_map[{name!r}] is {shard!r}, expected the name of a .safetensors file beside the index"
+                    f"{index}: weight_map[{name!r}] is {shard!r}, expected the name of a .safetensors file beside it"
                 )
         headers = {shard: read_header(self.model_dir / shard) for shard in sorted(set(weight_map.values()))}
         found = {}
@@ -158,7 +158,8 @@ class Weights:
                 hint="convert them to safetensors with transformers: model.save_pretrained(…)",
             )
         raise ModelError(
-            f"{self.model_dir} holds neither {SINGLE_FILE} nor {INDEX_FILE}", hint="download the model's *.safetensors files"
+            f"{self.model_dir} holds neither {SINGLE_FILE} nor {INDEX_FILE}",
+            hint="download the model's *.safetensors files",
         )
 
     def _check(self) -> None:
@@ -179,7 +180,8 @@ class Weights:
             if not name.endswith("rotary_emb.inv_freq"):
                 raise ModelError(
                     f"{self.model_dir}: the weights hold {name} with shape {list(self._tensors[name].shape)}, "
-                    f"for which config.json ({self.config.architecture.hf_name}, {self.config.num_layers} layers) has no place",
+                    f"for which config.json ({self.config.architecture.hf_name}, {self.config.num_layers} layers) "
+                    "has no place",
                     hint="check that config.json belongs to these weights",
                 )
 
@@ -200,7 +202,7 @@ class Weights:
         info = self._tensors[name]
         try:
             with safe_open(info.file, framework="pt") as file:
-                value = file.get_tensor(name).to(torch.float32, copy=True)
+                value: torch.Tensor = file.get_tensor(name).to(torch.float32, copy=True)
         except (OSError, SafetensorError) as problem:
             raise ModelError(f"{info.file}: {name} cannot be read: {problem}; download the file again") from None
         finite = torch.isfinite(value)
