@@ -1,6 +1,6 @@
 """The compiler on one page: from a model's configuration to a library. Needs no weights.
 
-    decoder → quantise → schedule → lower → VM → build → link
+decoder → quantise → schedule → lower → VM → build → link
 """
 
 from __future__ import annotations
@@ -192,7 +192,9 @@ def _memory_usage(module: Any) -> dict[str, int]:
     usage = {}
     for var, function in relax_functions(module):
         sizes = [
-            b.value.args[0].values[0] for b in bindings_of(function) if called_op(b.value) == "relax.memory.alloc_storage"
+            b.value.args[0].values[0]
+            for b in bindings_of(function)
+            if called_op(b.value) == "relax.memory.alloc_storage"
         ]
         usage[str(var.name_hint)] = sum(int(size) for size in sizes if hasattr(size, "value"))
     return usage

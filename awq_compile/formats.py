@@ -207,7 +207,9 @@ class QuantScheme:
         if not dash:
             return QuantScheme(linear)
         if tail not in ("h4", "h8"):
-            raise UsageError(f"unknown scheme {name!r}: {tail!r} after the dash", hint="-h4 or -h8, for example w4g32-h4")
+            raise UsageError(
+                f"unknown scheme {name!r}: {tail!r} after the dash", hint="-h4 or -h8, for example w4g32-h4"
+            )
         return QuantScheme(linear, QuantSpec(int(tail[1]), linear.group, linear.symmetric))
 
 

@@ -19,12 +19,14 @@ class GemvSchedule:
     """For `kernels.simd_gemv`: few rows of x against a weight that is read once.
 
     `lanes`: 32-bit elements of a vector; `rows`: rows of W per thread and step (they share the loads of
-    x); `batch`: rows of x computed together (they share the decoding of W).
+    x); `batch`: rows of x computed together (they share the decoding of W); `prefetch`: how many blocks of
+    `rows` ahead the weights are fetched into the cache, 0 to leave that to the hardware.
     """
 
     lanes: int
     rows: int
     batch: int = 1
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
         if self.lanes not in LANES or self.rows < 2 or self.rows % 2 or self.batch < 1:

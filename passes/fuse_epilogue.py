@@ -148,11 +148,11 @@ class _FunctionFuser:
         if problem is None or problem.epilogue != Epilogue():
             return None
         self.dropped |= {left, gate, up, split}
-        return self._extend(
-            y, replace(problem, n=problem.n // 2), lambda e: replace(e, activation="silu_mul"), []
-        )
+        return self._extend(y, replace(problem, n=problem.n // 2), lambda e: replace(e, activation="silu_mul"), [])
 
-    def _extend(self, y: Expr, problem: MatmulProblem, change: Callable[[Epilogue], Epilogue], extra: list[Expr]) -> Expr:
+    def _extend(
+        self, y: Expr, problem: MatmulProblem, change: Callable[[Epilogue], Epilogue], extra: list[Expr]
+    ) -> Expr:
         """The call bound to `y`, with a further epilogue and its arguments."""
         new = replace(problem, epilogue=change(problem.epilogue))
         kernel = add_prim_func(self.module, reference_linear(new), new.name)

@@ -79,7 +79,9 @@ class _FunctionRewriter:
         self.transposed = {
             b.var: b.value.args[0]
             for b in bindings_of(function)
-            if called_op(b.value) == "relax.permute_dims" and b.value.args[0] in self.planned and b.value.attrs.axes is None
+            if called_op(b.value) == "relax.permute_dims"
+            and b.value.args[0] in self.planned
+            and b.value.attrs.axes is None
         }
         self.packed: dict[Any, list[Any]] = {}
         self.in_out: dict[Any, bool] = {}
@@ -111,7 +113,8 @@ class _FunctionRewriter:
         stem = param.name.removesuffix("weight")
         spec = self.planned[param]
         self.packed[param] = [
-            relax.Var(stem + suffix, relax.TensorType(shape, dtype)) for suffix, (shape, dtype) in spec.arrays(n, k).items()
+            relax.Var(stem + suffix, relax.TensorType(shape, dtype))
+            for suffix, (shape, dtype) in spec.arrays(n, k).items()
         ]
         return self.packed[param]
 

@@ -35,15 +35,23 @@ class VerifyQuantized(RelaxPass):
     def survivors(self, module: Any) -> list[str]:
         """What should not be there, one sentence each."""
         found = []
-        packed = {name.removesuffix("weight") + "q_weight": name for name, spec in self.plan.items() if "q_weight" in spec.arrays(8, 128)}
+        packed = {
+            name.removesuffix("weight") + "q_weight": name
+            for name, spec in self.plan.items()
+            if "q_weight" in spec.arrays(8, 128)
+        }
         for var, function in relax_functions(module):
             if not function.attrs or "num_input" not in function.attrs:
                 continue
             names = {p.name for p in function.params}
-            found += [f"{var.name_hint} still takes {n} in floating point" for n in sorted(set(packed.values()) & names)]
+            found += [
+                f"{var.name_hint} still takes {n} in floating point" for n in sorted(set(packed.values()) & names)
+            ]
             found += [f"{var.name_hint} does not take {n}" for n in sorted(set(packed) - names)]
             weights = set(function.params[int(function.attrs["num_input"]) :])
-            views = {b.var for b in bindings_of(function) if called_op(b.value) in _VIEWS and b.value.args[0] in weights}
+            views = {
+                b.var for b in bindings_of(function) if called_op(b.value) in _VIEWS and b.value.args[0] in weights
+            }
             for binding in bindings_of(function):
                 if called_op(binding.value) == "relax.matmul" and binding.value.args[1] in weights | views:
                     found.append(f"{var.name_hint} multiplies by {binding.value.args[1].name} without quantising it")

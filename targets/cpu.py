@@ -38,17 +38,20 @@ class VectorUnit:
         """The untuned schedule: register tiles as large as the register file allows."""
         del problem
         few = self.registers <= 16
-        gemv = GemvSchedule(self.lanes, rows=2 if few else 4)
-        small = GemvSchedule(self.lanes, rows=2, batch=2 if few else 4)
-        # 6x2 of 16 and 12x2 of 32 registers leave two for the panel and some for broadcasts: the tiles of
-        # Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", section 6.
-        m_tile = 6 if few else 12
+        # A row of packed weights is too short a stream for hardware prefetchers, which stop at a page.
+        gemv = GemvSchedule(self.lanes, rows=2 if few else 4, prefetch=1)
+        small = GemvSchedule(self.lanes, rows=2, batch=2 if few else 4, prefetch=1)
+        # The register tile fills half of the registers or more, and leaves some for the panel and broadcasts:
+        # Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), section 6.
+        m_tile = 6 if few else 8
         return LinearSchedule(gemv, small, GemmSchedule(self.lanes, m_tile, 2, k_block=256, m_block=m_tile * 16))
 
 
 # Register files: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1, 10.2 (SSE), 14.1 (AVX),
 # 15.1 (AVX-512); Arm Architecture Reference Manual, B1.2 (V0 to V31, 128 bits).
-AVX512: Final = VectorUnit("avx512", 16, 32, "avx512bw", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"))
+AVX512: Final = VectorUnit(
+    "avx512", 16, 32, "avx512bw", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c")
+)
 AVX2: Final = VectorUnit("avx2", 8, 16, "avx2", ("avx2", "fma", "f16c"))
 SSE2: Final = VectorUnit("sse2", 4, 16, "sse2", ())
 NEON: Final = VectorUnit("neon", 4, 32, "asimd", ("neon",))
@@ -80,11 +83,17 @@ class CpuTarget(TargetSpec):
         cache = settings.cache_dir() / "zig"
         environment = {"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, env={**settings.environment(), **environment})
+            done = subprocess.run(
+                command, capture_output=True, text=True, env={**settings.environment(), **environment}
+            )
         except OSError as error:
-            raise EnvironmentMissingError(f"the linker could not be started: {error}", hint="pip install ziglang") from None
+            raise EnvironmentMissingError(
+                f"the linker could not be started: {error}", hint="pip install ziglang"
+            ) from None
         if done.returncode:
-            raise CompileError(f"linking {output.name} failed: {done.stderr.strip()[-2000:]}", hint="pip install ziglang")
+            raise CompileError(
+                f"linking {output.name} failed: {done.stderr.strip()[-2000:]}", hint="pip install ziglang"
+            )
 
 
 def zig_target(triple: str) -> tuple[str, str]:
@@ -110,7 +119,15 @@ def cpu_target(argument: str) -> CpuTarget:
 
 
 # LLVM's names of processors and levels with the AVX-512 subsets above.
-_AVX512_CPUS: Final = ("x86-64-v4", "skylake-avx512", "cascadelake", "icelake-server", "sapphirerapids", "znver4", "znver5")
+_AVX512_CPUS: Final = (
+    "x86-64-v4",
+    "skylake-avx512",
+    "cascadelake",
+    "icelake-server",
+    "sapphirerapids",
+    "znver4",
+    "znver5",
+)
 
 
 def _host() -> CpuTarget:

@@ -36,5 +36,7 @@ def embedding_take(spec: WeightSpec, vocab: int, hidden: int, dtype: str) -> Any
                     for e in range(BLOCK):
                         code = spec.layout.code(lambda word, b=block: w["q_weight"][row, b * spec.bits + word], e)
                         value = (cast("float32", code, 1) - zero) * scale
-                        T.buffer_store(y, cast(dtype, value, 1) if dtype != "float32" else value, [i, block * BLOCK + e])
+                        T.buffer_store(
+                            y, cast(dtype, value, 1) if dtype != "float32" else value, [i, block * BLOCK + e]
+                        )
     return builder.get()

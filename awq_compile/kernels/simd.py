@@ -45,6 +45,13 @@ def total(value: Expr, lanes: int) -> Expr:
     return value
 
 
+def prefetch(buffer: Buffer, row: Expr, column: Expr) -> Expr:
+    """Fetches a cache line for reading; an address outside the buffer is ignored by the machine."""
+    address = tirx.address_of(buffer[row, column])
+    read, locality, data = (tirx.const(value, "int32") for value in (0, 3, 1))
+    return tirx.call_llvm_intrin("void", "llvm.prefetch", address, read, locality, data)
+
+
 def repeat_each(value: Expr, lanes: int, times: int) -> Expr:
     """Lanes a b c → a a … b b … c c …, each `times` times."""
     if times == 1:
@@ -103,6 +110,10 @@ class RowReader:
         """Power of two that undoes the position of the codes of vector `part` within their words."""
         j = part % self.per_word
         return 1.0 if j == self.per_word - 1 else 2.0 ** (-j * self.bits)
+
+    def words(self, step: Expr) -> Expr:
+        """Index, within a row, of the first word (float16 value) of a step."""
+        return step * (self.step // BLOCK * self.bits if isinstance(self.spec, QuantSpec) else self.step)
 
     def load(self, weight: Buffer, row: Expr, step: Expr) -> list[Expr]:
         """The step's words (float16 values) of a row: vectors of them, or single ones to be broadcast."""

@@ -45,7 +45,17 @@ def emit_gemm(args: LinearArgs, schedule: GemmSchedule) -> None:
             full, rest = divmod(problem.k, schedule.k_block)
             if full:
                 with T.serial(0, full) as k_outer:
-                    _k_block(args, schedule, panel, sums, weight_rows, m0, tiles, k_outer * schedule.k_block, schedule.k_block)
+                    _k_block(
+                        args,
+                        schedule,
+                        panel,
+                        sums,
+                        weight_rows,
+                        m0,
+                        tiles,
+                        k_outer * schedule.k_block,
+                        schedule.k_block,
+                    )
             if rest:
                 _k_block(args, schedule, panel, sums, weight_rows, m0, tiles, full * schedule.k_block, rest)
             with T.serial(0, T.min(args.m - m0, schedule.m_block)) as i:
@@ -71,7 +81,9 @@ def _k_block(
             scale = shift = None
             if isinstance(spec, QuantSpec):
                 at = k0 // spec.group + group
-                scale, shift = args.scale_and_shift(partial(args.column, first_row=first, column=at, lanes=lanes), lanes)
+                scale, shift = args.scale_and_shift(
+                    partial(args.column, first_row=first, column=at, lanes=lanes), lanes
+                )
             with T.serial(0, unit // BLOCK) as inner:
                 base = T.bind(k0 + group * unit + inner * BLOCK)
                 words: dict[int, Expr] = {}

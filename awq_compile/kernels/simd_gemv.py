@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.simd import RowReader, cast, ramp, repeat_each, row_reader, total, zeros
+from awq_compile.kernels.simd import RowReader, cast, prefetch, ramp, repeat_each, row_reader, total, zeros
 from awq_compile.schedules import GemvSchedule
 
 Expr = Any
@@ -42,16 +42,17 @@ def emit_gemv(args: LinearArgs, schedule: GemvSchedule, max_rows: int) -> None:
                 T.buffer_store(sums, tirx.const(0, "float32"), [rows + extra, g])
     pairs = problem.epilogue.activation == "silu_mul"
     outputs = schedule.rows // 2 if pairs else schedule.rows
+    ahead = schedule.prefetch * outputs
     with T.parallel(0, -(-problem.n // outputs)) as block:
         columns = [block * outputs + i for i in range(outputs)]
         if problem.n % outputs:
             columns = [T.bind(T.min(column, problem.n - 1)) for column in columns]
         weight_rows = columns + [column + problem.n for column in columns] if pairs else columns
         if tiles == 1:
-            _tile(args, reader, arranged, sums, columns, weight_rows, 0, batch)
+            _tile(args, reader, arranged, sums, columns, weight_rows, 0, batch, ahead)
         else:
             with T.serial(0, (rows + (batch - 1)) // batch) as tile:
-                _tile(args, reader, arranged, sums, columns, weight_rows, tile * batch, batch)
+                _tile(args, reader, arranged, sums, columns, weight_rows, tile * batch, batch, ahead)
 
 
 def _arrange(args: LinearArgs, reader: RowReader, arranged: Buffer, sums: Buffer, m: Expr) -> None:
@@ -81,6 +82,7 @@ def _tile(
     weight_rows: list[Expr],
     first: Expr,
     batch: int,
+    ahead: int,
 ) -> None:
     """Products of `weight_rows` with rows first … first + batch of x, and their epilogue."""
     lanes, groups = reader.lanes, reader.groups
@@ -99,12 +101,13 @@ def _tile(
         if groups:
             T.buffer_store(shifts, zeros(groups), [shift_at(cell)])
     with T.serial(0, reader.k // reader.step) as step:
-        words = [reader.load(args.weight[args.codes], row, step) for row in weight_rows]
+        weight = args.weight[args.codes]
+        for row in weight_rows if ahead else ():
+            T.evaluate(prefetch(weight, row + ahead, reader.words(step)))
+        words = [reader.load(weight, row, step) for row in weight_rows]
         partial: dict[tuple[int, int], Expr] = {}
         for part in range(reader.parts):
-            xs = [
-                T.bind(arranged[first + m, ramp(step * reader.step + part * lanes, lanes)]) for m in range(batch)
-            ]
+            xs = [T.bind(arranged[first + m, ramp(step * reader.step + part * lanes, lanes)]) for m in range(batch)]
             for r in range(len(weight_rows)):
                 value = T.bind(reader.values(words[r], part))
                 for m in range(batch):

@@ -48,7 +48,9 @@ class ScheduleDatabase:
                     raise AwqCompileError(f"{path}:{number}: not a schedule record: {error!r}") from None
         return ScheduleDatabase(records)
 
-    def apply(self, machine: str, problem: MatmulProblem, rule: LinearSchedule) -> tuple[LinearSchedule, dict[str, str]]:
+    def apply(
+        self, machine: str, problem: MatmulProblem, rule: LinearSchedule
+    ) -> tuple[LinearSchedule, dict[str, str]]:
         """`rule` with every bucket that has a record replaced, and "tuned" or "rule" for each bucket."""
         chosen, sources = rule, {}
         for bucket in ROW_BUCKETS:
