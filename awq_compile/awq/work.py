@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -35,6 +36,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def contiguous(arrays: Arrays) -> Arrays:
+    """safetensors writes an array's memory as it lies, in whatever order its strides give."""
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 class WorkDirectory:
@@ -141,12 +147,14 @@ class WorkDirectory:
     def commit(self, path: Path, arrays: Arrays, reports: list[LinearReport]) -> None:
         """Writes one file of the checkpoint."""
         metadata = {"reports": json.dumps([report.to_json() for report in reports])}
-        self._write(lambda temporary: save_file(arrays, temporary, metadata), path)
+        dense = contiguous(arrays)
+        self._write(lambda temporary: save_file(dense, temporary, metadata), path)
 
     def commit_layer(self, index: int, arrays: Arrays, reports: list[LinearReport], hidden: Arrays) -> None:
         """Finishes a layer; `hidden` are the states that the next one reads."""
         if hidden:
-            self._write(lambda temporary: save_file(hidden, temporary), self._hidden_file(index))
+            dense = contiguous(hidden)
+            self._write(lambda temporary: save_file(dense, temporary), self._hidden_file(index))
         self.commit(self.layer_file(index), arrays, reports)
         if index:
             self._hidden_file(index - 1).unlink(missing_ok=True)
