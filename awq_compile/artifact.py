@@ -21,7 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -68,6 +68,7 @@ _DISK_ERRNOS: Final = {
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "operation not permitted",
+    errno.EEXIST: "a file of that name is in the way",
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.EIO: "input/output error",
 }
@@ -123,10 +124,20 @@ class DistWriter:
         self.path = self.final.parent / f".{self.final.name}.partial"
         self._old = self.final.parent / f".{self.final.name}.old"
         self._lock: int | None = None
+        self._made_parents = [parent for parent in self.final.parents if not parent.exists()]
         self.libraries: dict[str, LibraryEntry] = {}
 
     def __enter__(self) -> Self:
         check_output(self.final)
+        try:
+            self._begin()
+        except BaseException:
+            self._remove_parents()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Makes the hidden sibling, empty, and locks it."""
         with disk_errors(self.final):
             self.final.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
@@ -142,7 +153,12 @@ class DistWriter:
             for left in self.path.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             (self.path / "lib").mkdir()
-        return self
+
+    def _remove_parents(self) -> None:
+        """Takes back the folders that were made for a DIST that did not come to be."""
+        for parent in self._made_parents:
+            with suppress(OSError):  # not empty, or not made
+                parent.rmdir()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,6 +167,8 @@ class DistWriter:
             shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
+        if not self.final.exists():
+            self._remove_parents()
 
     def write_text(self, name: str, text: str) -> None:
         """One text file."""

@@ -17,7 +17,7 @@ def silu(x: F64) -> F64:
 
 def linear(x: npt.NDArray[np.floating], weight: QuantizedMatrix) -> F64:
     """x (M, K) times the dequantised weight (N, K), transposed: (M, N)."""
-    return np.asarray(x, np.float64) @ np.asarray(dequantize_matrix(weight, np.float64)).T
+    return np.asarray(np.asarray(x, np.float64) @ dequantize_matrix(weight, np.float64).T, np.float64)
 
 
 def linear_bound(x: npt.NDArray[np.floating], weight: QuantizedMatrix, *, unit_roundoff: float) -> F64:

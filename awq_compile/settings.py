@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: `$AWQ_COMPILE_CACHE`, else `$XDG_CACHE_HOME/awq-compile`, else `~/.cache/awq-compile`."""
+    """Folder for what can be made again: `$AWQ_COMPILE_CACHE`, else `awq-compile` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if own := os.environ.get("AWQ_COMPILE_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")

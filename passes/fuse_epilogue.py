@@ -1,9 +1,9 @@
 """`FuseEpilogue`: elementwise work behind a quantised linear moves into its PrimFunc.
 
     y = R.call_tir(qmatmul, (x, q_weight, q_scale))
-    z = R.add(y, bias);  u = R.add(z, residual)                  → call_tir(qmatmul…_bias_residual, (x, …, bias, residual))
-    g, u = R.split(y, 2, axis=-1);  h = R.silu(g) * u            → call_tir(qmatmul…_silu_mul, (x, …))
-    r = R.nn.relu(y)                                             → call_tir(qmatmul…_relu, (x, …))
+    z = R.add(y, bias);  u = R.add(z, residual)           → call_tir(qmatmul…_bias_residual, (x, …, bias, residual))
+    g, u = R.split(y, 2, axis=-1);  h = R.silu(g) * u     → call_tir(qmatmul…_silu_mul, (x, …))
+    r = R.nn.relu(y)                                      → call_tir(qmatmul…_relu, (x, …))
 
 The order is that of `Epilogue`: bias, activation, residual. A linear whose output is read more than once,
 or whose bias is computed rather than stored, is left as it is.
@@ -119,7 +119,7 @@ class _FunctionFuser:
         """The float16 parameter that `bias` widens."""
         if str(bias.ty.dtype) == "float16":
             return bias
-        value = self.values.get(bias)
+        value: Any = self.values.get(bias)
         if called_op(value) == "relax.astype" and str(value.args[0].ty.dtype) == "float16":
             return value.args[0]
         return None
@@ -132,13 +132,13 @@ class _FunctionFuser:
 
     def _silu_mul(self, left: Expr, right: Expr) -> Expr | None:
         """silu(split[0]) * split[1], where split = R.split(y, 2, axis=-1)."""
-        activated = self.values.get(left)
+        activated: Any = self.values.get(left)
         gate, up = (activated.args[0] if called_op(activated) == "relax.nn.silu" else None), right
-        picks = [self.values.get(v) for v in (gate, up)] if gate is not None else [None]
+        picks: list[Any] = [self.values.get(v) for v in (gate, up)] if gate is not None else [None]
         if not all(isinstance(p, relax.TupleGetItem) for p in picks) or [p.index for p in picks] != [0, 1]:
             return None
         split, other = picks[0].tuple_value, picks[1].tuple_value
-        source = self.values.get(split)
+        source: Any = self.values.get(split)
         if not split.same_as(other) or called_op(source) != "relax.split" or self.uses[split] != 2:
             return None
         y = source.args[0]

@@ -107,8 +107,9 @@ def build(
 
     output = Output(as_json, verbose)
     targets = [resolve_target(name) for name in dict.fromkeys(target or ["cpu"])]
-    chosen = choose_scheme(scheme, bits, group_size, asymmetric, head_bits)
     asked_scheme = scheme is not None or any(v is not None for v in (bits, group_size, head_bits)) or asymmetric
+    default = None if asked_scheme else _common_scheme(targets)
+    chosen = choose_scheme(scheme or default, bits, group_size, asymmetric, head_bits)
     how = choose_method(method)
     source = find_model(model, output)
     if source.quantised:
@@ -132,6 +133,15 @@ def build(
     if text is not None and not source.quantised:
         rows = [cached(source, chosen, calibration, "rtn", output), quantised.path]
     _tell(job.run(text, rows), output)
+
+
+def _common_scheme(targets: list[TargetSpec]) -> str:
+    """The scheme that all targets take by default."""
+    schemes = {target.default_scheme for target in targets}
+    if len(schemes) > 1:
+        names = ", ".join(f"{target.name}: {target.default_scheme}" for target in targets)
+        raise UsageError(f"the targets have different default schemes ({names})", hint="choose one with --scheme")
+    return schemes.pop()
 
 
 def _quantised(

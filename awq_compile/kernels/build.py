@@ -15,13 +15,12 @@ from awq_compile.schedules import LinearSchedule
 
 def simd_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     """The quantised linear for machines with vector registers: one function, three kernels."""
-    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
-        with T.If(args.m == 1):
+    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args), T.If(args.m == 1):
+        with T.Then():
+            emit_gemv(args, schedule.gemv, 1)
+        with T.Else(), T.If(args.m <= SMALL_ROWS):
             with T.Then():
-                emit_gemv(args, schedule.gemv, 1)
-            with T.Else(), T.If(args.m <= SMALL_ROWS):
-                with T.Then():
-                    emit_gemv(args, schedule.small, SMALL_ROWS)
-                with T.Else():
-                    emit_gemm(args, schedule.gemm)
+                emit_gemv(args, schedule.small, SMALL_ROWS)
+            with T.Else():
+                emit_gemm(args, schedule.gemm)
     return builder.get()

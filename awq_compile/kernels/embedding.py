@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from tvm import tirx
@@ -34,9 +35,14 @@ def embedding_take(spec: WeightSpec, vocab: int, hidden: int, dtype: str) -> Any
                     scale = T.bind(cast("float32", w["q_scale"][row, group], 1))
                     zero = float(spec.zero) if spec.symmetric else cast("float32", w["q_zero"][row, group], 1)
                     for e in range(BLOCK):
-                        code = spec.layout.code(lambda word, b=block: w["q_weight"][row, b * spec.bits + word], e)
+                        words = partial(_word, w["q_weight"], row, block * spec.bits)
+                        code = spec.layout.code(words, e)
                         value = (cast("float32", code, 1) - zero) * scale
                         T.buffer_store(
                             y, cast(dtype, value, 1) if dtype != "float32" else value, [i, block * BLOCK + e]
                         )
     return builder.get()
+
+
+def _word(weight: Any, row: Any, first: Any, index: int) -> Any:
+    return weight[row, first + index]

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm import relax
+import numpy as np
+import numpy.typing as npt
+from tvm import ir, relax
 from tvm.relax.frontend.nn import Object, Tensor
-from tvm.relax.frontend.nn.llm.kv_cache import RopeMode, TIRPagedKVCache
+from tvm.relax.frontend.nn.llm import kv_cache as tvm_kernels
 from tvm.target import Target
 
+from awq_compile.errors import CompileError
+from awq_compile.kernels import cpu_attention
+from awq_compile.kernels.cpu_attention import AttentionShape
 from awq_compile.models.config import ModelConfig
 
 
@@ -26,6 +31,22 @@ class KVCache(Object):  # type: ignore[misc]
         return Tensor(_expr=relax.BlockBuilder.current().emit(call))
 
 
+def rope_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Angle per position of each pair of elements (D/2,), in float32 as transformers computes it.
+
+    With llama3 scaling, a frequency f of wavelength w = 2 pi / f in a model trained on c positions stays
+    where w < c / high, is divided by `factor` where w > c / low, and is blended in between by
+    t = (c / w - low) / (high - low):  (1 - t) f / factor + t f.
+    """
+    exponents = np.arange(0, config.head_dim, 2, np.float32) / np.float32(config.head_dim)
+    frequencies = (1 / np.power(np.float32(config.rope_theta), exponents)).astype(np.float32)
+    if (s := config.rope_scaling) is None:
+        return frequencies
+    turns = s.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)
+    t = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+    return np.asarray((1 - t) * frequencies / s.factor + t * frequencies, np.float32)
+
+
 def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     """Rotary scaling in the words of TVM's kernels."""
     scaling = config.rope_scaling
@@ -40,11 +61,69 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def create_kv_cache(config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, page_size: int) -> KVCache:
-    """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window."""
-    c = config
-    batch, total, chunk, page, sliding = shape.values
-    cache = TIRPagedKVCache(
+def create_kv_cache(
+    config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, page_size: int, lanes: int
+) -> KVCache:
+    """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window.
+
+    On the CPU the kernels are ours, with vectors of `lanes` elements; elsewhere they are TVM's.
+    """
+    create = _create_for_cpu if target.kind.name == "llvm" else _create_for_gpu
+    if page_size != cpu_attention.PAGE:
+        raise CompileError(f"page size {page_size} is not supported: the attention kernels have {cpu_attention.PAGE}")
+    return KVCache(_expr=create(config, list(shape.values), dtype, target, lanes), _name="paged_kv_cache")
+
+
+def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, _target: Target, lanes: int) -> Any:
+    """Arguments in the order of `vm.builtin.paged_attention_kv_cache_create`."""
+    builder, t = relax.BlockBuilder.current(), tvm_kernels
+    heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
+    sizes, scaling = AttentionShape(heads, kv_heads, dim, dtype, lanes), _rope_scaling(c)
+
+    def kernel(function: Any, name: str) -> Any:
+        return builder.add_func(function.with_attr("global_symbol", name), name)
+
+    def attention(function: Any, name: str) -> Any:
+        return relax.Tuple([ir.StringImm("tirx"), kernel(function, name)])
+
+    # Sliding windows and token trees (speculative decoding) are rare: TVM's scalar kernels serve them.
+    sliding_prefill = t._attention_prefill_cpu(kv_heads, heads, dim, dtype, True, scaling, sliding_window_size=1024)
+    sliding_decode = t._attention_decode_cpu(kv_heads, heads, dim, dtype, True, scaling)
+    paged_tree = t.tree_attn_with_paged_kv_cache_cpu(kv_heads, heads, dim, dtype, scaling)
+    arguments = [
+        relax.ShapeExpr(shape),
+        relax.ShapeExpr([0, c.num_layers]),
+        *(relax.prim_value(size) for size in (heads, kv_heads, dim, dim)),
+        relax.ShapeExpr([int(t.AttnKind.MHA)] * c.num_layers),
+        relax.prim_value(False),  # no transfer between machines
+        relax.prim_value(t.RopeMode.NORMAL),
+        relax.prim_value(1),
+        relax.prim_value(c.rope_theta),
+        relax.prim_value(0),  # no longrope factors
+        relax.op.zeros((), dtype),
+        kernel(t._kv_cache_transpose_append(kv_heads, dim, dtype), "kv_cache_transpose_append"),
+        kernel(t._kv_cache_transpose_append_mla(dim, dtype), "kv_cache_transpose_append_mla"),
+        attention(cpu_attention.ragged_prefill(sizes), "attention_ragged_prefill"),
+        attention(cpu_attention.paged_prefill(sizes), "attention_paged_prefill"),
+        attention(cpu_attention.paged_decode(sizes), "attention_paged_decode"),
+        attention(sliding_prefill, "attention_paged_prefill_sliding_window"),
+        attention(sliding_decode, "attention_paged_decode_sliding_window"),
+        # The runtime takes the paged one first; TVM's own CPU cache passes these two the other way round.
+        attention(paged_tree, "attention_paged_tree"),
+        attention(t.tree_attn_cpu(kv_heads, heads, dim, dtype, scaling), "attention_ragged_tree"),
+        relax.Tuple([]),  # no multi-head latent attention
+        relax.Tuple([kernel(cpu_attention.merge_state(sizes), "attention_merge_state")]),
+        kernel(cpu_attention.split_rotary(sizes, rope_frequencies(c)), "attention_split_rotary"),
+        kernel(t._copy_single_page_cpu(kv_heads, cpu_attention.PAGE, dim, dtype), "kv_cache_copy_single_page"),
+        kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"),
+        kernel(t._compact_kv_copy_cpu(kv_heads, dim, dtype), "kv_cache_compact_kv_copy"),
+    ]
+    return relax.call_pure_packed("vm.builtin.paged_attention_kv_cache_create", *arguments, ty_args=relax.AnyType())
+
+
+def _create_for_gpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target, _lanes: int) -> Any:
+    batch, total, chunk, page, sliding = shape
+    cache = tvm_kernels.TIRPagedKVCache(
         attn_kind="mha",
         max_batch_size=batch,
         max_total_seq_len=total,
@@ -59,7 +138,7 @@ def create_kv_cache(config: ModelConfig, shape: relax.ShapeExpr, dtype: str, tar
         v_head_dim=c.head_dim,
         mla_original_qk_head_dim=0,
         mla_original_v_head_dim=0,
-        rope_mode=RopeMode.NORMAL,
+        rope_mode=tvm_kernels.RopeMode.NORMAL,
         rope_scale=1,
         rope_theta=c.rope_theta,
         rope_scaling=_rope_scaling(c),
@@ -69,4 +148,4 @@ def create_kv_cache(config: ModelConfig, shape: relax.ShapeExpr, dtype: str, tar
         dtype=dtype,
         target=target,
     )
-    return KVCache(_expr=cache._expr, _name="paged_kv_cache")
+    return cache._expr
