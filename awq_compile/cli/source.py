@@ -140,8 +140,20 @@ def checkpoint_key(path: Path, scheme: QuantScheme, calibration: CalibrationSpec
         "method": method,
         "calibration": {**asdict(calibration), "source": _content(calibration.source), "label": calibration.label},
         "versions": versions(),
+        "code": _quantiser_digest(),
     }
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _quantiser_digest() -> str:
+    """Digest of the quantiser's own sources: a changed algorithm does not find what the former one made."""
+    import awq_compile
+
+    package = Path(awq_compile.__file__).parent
+    digest = hashlib.sha256()
+    for path in [package / "formats.py", *sorted((package / "awq").glob("*.py"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _content(text: str) -> str:

@@ -16,15 +16,15 @@ def targets(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
     from awq_compile.targets import known_targets, resolve_target
 
     output = Output(as_json, verbose)
-    table = Table("target", "library", "TVM target", box=None, pad_edge=False)
+    table = Table("target", "library", "scheme", "runs here", "compiled for", box=None, pad_edge=False)
     result: list[dict[str, Any]] = []
     for name in known_targets():
         spec = resolve_target(name)
-        words = " ".join(
-            f"{key}={value}" for key, value in spec.tvm_target.items() if not isinstance(value, dict | list)
-        )
-        table.add_row(name, spec.library_suffix, words)
+        words = [str(spec.tvm_target[key]) for key in ("mtriple", "mcpu") if key in spec.tvm_target]
+        table.add_row(name, spec.library_suffix, spec.default_scheme, "yes" if spec.runs_here else "", " ".join(words))
         result.append(asdict(spec))
     output.table(table)
-    output.say("cpu:TRIPLE takes any LLVM triple, for example cpu:aarch64-linux-gnu.")
+    output.say(
+        "cpu is this machine; cpu:TRIPLE takes any LLVM triple, and cpu:TRIPLE@CPU a processor of LLVM's naming."
+    )
     output.result(result)
