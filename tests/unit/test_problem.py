@@ -1,0 +1,61 @@
+"""Names of problems are keys: every field changes them."""
+
+from dataclasses import replace
+
+import pytest
+
+from awq_compile.errors import CompileError
+from awq_compile.formats import Float16Spec, QuantSpec
+from awq_compile.kernels.linear import decode_problem, encode_problem
+from awq_compile.problem import Epilogue, MatmulProblem, row_bucket
+from awq_compile.schedules import GemmSchedule, GemvSchedule
+
+BASE = MatmulProblem(64, 128, QuantSpec(4, 32))
+VARIANTS = [
+    replace(BASE, n=65),
+    replace(BASE, k=256),
+    replace(BASE, dtype="float16"),
+    *(replace(BASE, spec=s) for s in (QuantSpec(3, 32), QuantSpec(4, 64), QuantSpec(4, 32, False), Float16Spec())),
+    *(
+        replace(BASE, epilogue=e)
+        for e in (
+            Epilogue(bias=True),
+            Epilogue(activation="relu"),
+            Epilogue(activation="silu_mul"),
+            Epilogue(residual=True),
+        )
+    ),
+]
+
+
+def test_every_field_changes_the_name() -> None:
+    """Two problems never share a record of the database."""
+    names = [p.name for p in (BASE, *VARIANTS)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("problem", [BASE, *VARIANTS], ids=lambda p: p.name)
+def test_the_tag_holds_the_whole_problem(problem: MatmulProblem) -> None:
+    """What a PrimFunc carries is enough to build its kernels."""
+    assert decode_problem(encode_problem(problem)) == problem
+
+
+def test_rows_have_three_buckets() -> None:
+    """1, 2 to 8, more."""
+    assert [row_bucket(m) for m in (1, 2, 8, 9, 512)] == ["gemv", "small", "small", "gemm", "gemm"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GemvSchedule(5, 4),
+        lambda: GemvSchedule(8, 3),
+        lambda: GemmSchedule(16, 8, 0, 256, 64),
+        lambda: GemmSchedule(16, 8, 2, 100, 64),
+        lambda: GemmSchedule(16, 8, 2, 256, 60),
+    ],
+)
+def test_illegal_schedules_cannot_be_made(make: object) -> None:
+    """A record of a hand-edited database fails when it is read, not when it runs."""
+    with pytest.raises(CompileError):
+        make()  # type: ignore[operator]
