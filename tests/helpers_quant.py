@@ -18,7 +18,7 @@ BASE: dict[str, Any] = {
     "vocab_size": 333,  # not a multiple of 8
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,
@@ -59,7 +59,9 @@ def write_text(path: Path, vocab_size: int, tokens: int, seed: int = 0) -> Path:
     return path
 
 
-def make_model(path: Path, family: str = "llama3", *, shards: bool = False, dtype: str = "float16", **sizes: Any) -> Path:
+def make_model(
+    path: Path, family: str = "llama3", *, shards: bool = False, dtype: str = "float16", **sizes: Any
+) -> Path:
     """Writes a random checkpoint of `family` into `path`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

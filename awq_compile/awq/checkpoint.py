@@ -75,11 +75,17 @@ class LinearReport:
     @staticmethod
     def from_json(data: Any) -> LinearReport:
         """Raises `CheckpointError` for anything of another shape."""
-        try:
-            n, k = data["shape"]
-            return LinearReport(**{**data, "shape": (int(n), int(k))})
-        except (TypeError, KeyError, ValueError):
-            raise CheckpointError(f"a layer report has an unexpected form: {data!r:.120}") from None
+        kinds: dict[str, tuple[type, ...]] = {name: (str,) for name in ("name", "spec", "kind", "kept", "note")}
+        kinds |= {name: (float, int) for name in ("ratio", "clipped")} | {"refined": (bool,), "shape": (list,)}
+        kinds |= {name: (float, int, type(None)) for name in ("rtn_error", "error")}
+        if (
+            not isinstance(data, dict)
+            or data.keys() != kinds.keys()
+            or not all(isinstance(data[name], kind) for name, kind in kinds.items())
+            or [type(size) for size in data["shape"]] != [int, int]
+        ):
+            raise CheckpointError(f"a layer report has an unexpected form: {data!r:.120}")
+        return LinearReport(**{**data, "shape": tuple(data["shape"])})
 
 
 @dataclass(frozen=True)
