@@ -105,13 +105,22 @@ class Float:
         return self.vm["embed"](tvm.runtime.tensor(np.asarray(tokens, np.int32)), self.params).numpy()
 
     def __call__(
-        self, name: str, sequences: dict[int, Sequence[int]], *, positions: Sequence[int] | None = None
-    ) -> Any:
-        """Runs function `name` on new tokens of sequences (id → tokens); returns its first result."""
+        self,
+        name: str,
+        sequences: dict[int, Sequence[int]],
+        *,
+        positions: Sequence[int] | None = None,
+        tree: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Runs function `name` on new tokens of sequences (id → tokens); returns its first result.
+
+        `tree` gives each token's parent among the new ones, -1 for none.
+        """
         embeds = self.embed([token for tokens in sequences.values() for token in tokens])
         embeds = embeds[:, None] if name.startswith("batch_decode") else embeds[None]
         extra = [] if positions is None else [tvm.runtime.tensor(np.asarray(positions, np.int32))]
-        self.state("begin_forward", Shape(list(sequences)), Shape([len(tokens) for tokens in sequences.values()]))
+        lengths = Shape([len(tokens) for tokens in sequences.values()])
+        self.state("begin_forward", Shape(list(sequences)), lengths, *([] if tree is None else [Shape(tree)]))
         result = self.vm[name](tvm.runtime.tensor(embeds), *extra, self.cache, self.params)
         self.state("end_forward")
         return result[0].numpy()

@@ -38,8 +38,8 @@ def rope_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
     where w < c / high, is divided by `factor` where w > c / low, and is blended in between by
     t = (c / w - low) / (high - low):  (1 - t) f / factor + t f.
     """
-    exponents = np.arange(0, config.head_dim, 2, np.float32) / np.float32(config.head_dim)
-    frequencies = (1 / np.power(np.float32(config.rope_theta), exponents)).astype(np.float32)
+    exponents = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
+    frequencies = np.asarray(1 / np.power(np.float32(config.rope_theta), exponents), np.float32)
     if (s := config.rope_scaling) is None:
         return frequencies
     turns = s.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)

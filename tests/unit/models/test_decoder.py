@@ -12,6 +12,7 @@ import torch
 import transformers
 import tvm
 from helpers_build import ANY_SCHEME, Float, save_hf_config
+from tvm_ffi import Shape
 
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.decoder import DecoderSizes, export_decoder
@@ -197,3 +198,17 @@ def test_hidden_states_and_their_logits(pair: Pair) -> None:
     close(logits(picked.numpy()), reference[[3, 0]])
     close(logits(pair.ours("decode_to_last_hidden_states", {0: tokens[4:5]})[0]), reference[4:5])
     close(logits(pair.ours("batch_decode_to_last_hidden_states", {0: tokens[5:]})[0]), reference[5:])
+
+
+def test_token_tree(pair: Pair) -> None:
+    """Drafts that branch: each node's logits are those of its own path; a committed path goes on as a sequence."""
+    prompt = pair.tokens(9, seed=6)
+    nodes, parents = [5, 7, 11, 13], [-1, 0, 0, 1]  # 5 → 7 → 13, and 5 → 11
+    pair.ours.state("add_sequence", 0)
+    pair.ours("prefill", {0: prompt})
+    got = pair.ours("batch_verify", {0: nodes}, tree=parents)
+    paths = [[5], [5, 7], [5, 11], [5, 7, 13]]
+    close(got[0], np.stack([pair.reference(prompt + path)[-1] for path in paths]))
+    commit = tvm.get_global_func("vm.builtin.attention_kv_cache_commit_accepted_token_tree_nodes")
+    commit(pair.ours.cache, Shape([0]), Shape([2]))
+    close(pair.ours("decode", {0: [3]})[0], pair.reference([*prompt, 5, 11, 3])[-1:])
