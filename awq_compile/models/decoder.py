@@ -129,8 +129,8 @@ def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
 class Decoder(nn.Module):  # type: ignore[misc]
     """Methods are the functions of the library; shapes are those of `_module_spec`."""
 
-    def __init__(self, config: ModelConfig, sizes: DecoderSizes, target: Target, lanes: int) -> None:
-        self.config, self.sizes, self.target, self.lanes = config, sizes, target, lanes
+    def __init__(self, config: ModelConfig, sizes: DecoderSizes, target: Target) -> None:
+        self.config, self.sizes, self.target = config, sizes, target
         self.dtype = "float32"
         self.model = _Model(config)
         if not config.tie_word_embeddings:
@@ -197,7 +197,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         shape = relax.ShapeExpr(
             [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, support_sliding_window]
         )
-        return create_kv_cache(self.config, shape, self.dtype, self.target, self.sizes.page_size, self.lanes)
+        return create_kv_cache(self.config, shape, self.dtype, self.target, self.sizes.page_size)
 
 
 _CACHE_SHAPE = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
@@ -251,15 +251,14 @@ def _module_spec(decoder: Decoder) -> nn.spec.ModuleSpec:
 
 
 def export_decoder(
-    config: ModelConfig, sizes: DecoderSizes, dtype: str, target: Target | None = None, *, lanes: int = 8
+    config: ModelConfig, sizes: DecoderSizes, dtype: str, target: Target | None = None
 ) -> tuple[IRModule, list[str]]:
     """The module and the names of its parameters, which are those of `model_parameters`, in its order.
 
     Weights, hidden states and KV cache are `dtype` (float32 or float16), logits always float32. `target`
-    chooses the kernels of the KV cache only; without one they are for the CPU, whose vector registers hold
-    `lanes` floats.
+    chooses the kernels of the KV cache only; without one they are for the CPU.
     """
-    decoder = Decoder(config, sizes, target or Target("llvm"), lanes)
+    decoder = Decoder(config, sizes, target or Target("llvm"))
     decoder.to(dtype)
     module, parameters = decoder.export_tvm(_module_spec(decoder))
     for var, function in list(module.functions.items()):

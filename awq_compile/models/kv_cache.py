@@ -10,6 +10,7 @@ from tvm import ir, relax
 from tvm.relax.frontend.nn import Object, Tensor
 from tvm.relax.frontend.nn.llm import kv_cache as tvm_kernels
 from tvm.target import Target
+from tvm.target.codegen import target_has_features
 
 from awq_compile.errors import CompileError
 from awq_compile.kernels import cpu_attention
@@ -61,24 +62,29 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def create_kv_cache(
-    config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, page_size: int, lanes: int
-) -> KVCache:
+def create_kv_cache(config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, page_size: int) -> KVCache:
     """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window.
 
-    On the CPU the kernels are ours, with vectors of `lanes` elements; elsewhere they are TVM's.
+    On the CPU the kernels are ours; elsewhere they are TVM's.
     """
     create = _create_for_cpu if target.kind.name == "llvm" else _create_for_gpu
     if page_size != cpu_attention.PAGE:
         raise CompileError(f"page size {page_size} is not supported: the attention kernels have {cpu_attention.PAGE}")
-    return KVCache(_expr=create(config, list(shape.values), dtype, target, lanes), _name="paged_kv_cache")
+    return KVCache(_expr=create(config, list(shape.values), dtype, target), _name="paged_kv_cache")
 
 
-def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, _target: Target, lanes: int) -> Any:
+def _lanes(target: Target) -> int:
+    """Floats in a vector register."""
+    return next(
+        (lanes for feature, lanes in (("avx512f", 16), ("avx", 8)) if target_has_features([feature], target)), 4
+    )
+
+
+def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target) -> Any:
     """Arguments in the order of `vm.builtin.paged_attention_kv_cache_create`."""
     builder, t = relax.BlockBuilder.current(), tvm_kernels
     heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
-    sizes, scaling = AttentionShape(heads, kv_heads, dim, dtype, lanes), _rope_scaling(c)
+    sizes, scaling = AttentionShape(heads, kv_heads, dim, dtype, _lanes(target)), _rope_scaling(c)
 
     def kernel(function: Any, name: str) -> Any:
         return builder.add_func(function.with_attr("global_symbol", name), name)
@@ -121,7 +127,7 @@ def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, _target: Targe
     return relax.call_pure_packed("vm.builtin.paged_attention_kv_cache_create", *arguments, ty_args=relax.AnyType())
 
 
-def _create_for_gpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target, _lanes: int) -> Any:
+def _create_for_gpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target) -> Any:
     batch, total, chunk, page, sliding = shape
     cache = tvm_kernels.TIRPagedKVCache(
         attn_kind="mha",

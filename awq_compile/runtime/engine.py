@@ -146,7 +146,7 @@ class Engine:
         room = self.context_window_size - len(ids)
         if room < (1 if max_tokens is None else max_tokens):
             wanted = "no room for output" if max_tokens is None else f"{max_tokens} new ones do not fit"
-            shorter = "a shorter prompt, or compile with a larger --context-size"
+            shorter = "a shorter prompt, or compile with a larger --context-window-size"
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, and {wanted}: "
                 f"the library's context window is {self.context_window_size} tokens",
@@ -218,7 +218,7 @@ class Engine:
         if length > self.context_window_size:
             raise UsageError(
                 f"{length} tokens do not fit the library's context window of {self.context_window_size}",
-                hint="a shorter text, or compile with a larger --context-size",
+                hint="a shorter text, or compile with a larger --context-window-size",
             )
         _builtin("kv_state_clear")(self._cache)
         _builtin("kv_state_add_sequence")(self._cache, _SEQUENCE)
