@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -159,7 +160,7 @@ def compile_library(
         planned["_metadata"] = _metadata_function(context, memory)
         final = tvm.transform.Sequential(vm_passes()[5:])(planned)
         executable = relax.build(final, target=tvm_target, relax_pipeline=None)
-    _export(executable, target, out)
+    export_executable(executable, target, out)
     return CompileReport(
         target=target.name,
         parameters=_arrays(parameters),
@@ -236,9 +237,8 @@ def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:
     return builder.get()["_metadata"]
 
 
-def _export(executable: Any, target: TargetSpec, out: Path) -> None:
+def export_executable(executable: Any, target: TargetSpec, out: Path) -> None:
     """Writes the library under a temporary name, then renames it."""
-    partial = out.with_name(f".{out.name}.partial")
 
     def write(path: str, objects: list[str], **_: Any) -> None:
         files = sorted(Path(o) for o in objects)
@@ -248,12 +248,12 @@ def _export(executable: Any, target: TargetSpec, out: Path) -> None:
             target.link(Path(path), files)
 
     try:
-        executable.export_library(str(partial), fcompile=write)
-        partial.replace(out)
+        # The linker is given the final name: on macOS it becomes part of the library.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            executable.export_library(str(Path(folder) / out.name), fcompile=write)
+            (Path(folder) / out.name).replace(out)
     except OSError as error:
         raise CompileError(f"{out} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_tar(path: Path, files: list[Path]) -> None:

@@ -49,12 +49,12 @@ class VerifyQuantized(RelaxPass):
             ]
             found += [f"{var.name_hint} does not take {n}" for n in sorted(set(packed) - names)]
             weights = set(function.params[int(function.attrs["num_input"]) :])
-            views = {
-                b.var for b in bindings_of(function) if called_op(b.value) in _VIEWS and b.value.args[0] in weights
-            }
             for binding in bindings_of(function):
-                if called_op(binding.value) == "relax.matmul" and binding.value.args[1] in weights | views:
-                    found.append(f"{var.name_hint} multiplies by {binding.value.args[1].name} without quantising it")
+                op, arguments = called_op(binding.value), list(getattr(binding.value, "args", ()))
+                if op in _VIEWS and arguments[0] in weights:
+                    weights.add(binding.var)
+                elif op == "relax.matmul" and arguments[1] in weights:
+                    found.append(f"{var.name_hint} multiplies by {arguments[1].name} without quantising it")
         for var, function in module.functions.items():
             if not isinstance(function, tirx.PrimFunc):
                 continue

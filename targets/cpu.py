@@ -33,6 +33,7 @@ class VectorUnit:
     registers: int
     flag: str
     features: tuple[str, ...]
+    abi: str = ""
 
     def rule(self, problem: MatmulProblem) -> LinearSchedule:
         """The untuned schedule: register tiles as large as the register file allows."""
@@ -55,10 +56,11 @@ AVX512: Final = VectorUnit(
 AVX2: Final = VectorUnit("avx2", 8, 16, "avx2", ("avx2", "fma", "f16c"))
 SSE2: Final = VectorUnit("sse2", 4, 16, "sse2", ())
 NEON: Final = VectorUnit("neon", 4, 32, "asimd", ("neon",))
+RV64GC: Final = VectorUnit("rv64gc", 4, 32, "", ("m", "a", "f", "d", "c"), abi="lp64d")  # no vectors: LLVM splits them
 GENERIC: Final = VectorUnit("generic", 4, 16, "", ())
 
-_DEFAULT_CPU: Final = {"x86_64": "x86-64-v3", "aarch64": "generic", "arm64": "apple-m1"}
-_UNIT: Final = {"x86_64": AVX2, "aarch64": NEON, "arm64": NEON}
+_DEFAULT_CPU: Final = {"x86_64": "x86-64-v3", "aarch64": "generic", "arm64": "apple-m1", "riscv64": "generic-rv64"}
+_UNIT: Final = {"x86_64": AVX2, "aarch64": NEON, "arm64": NEON, "riscv64": RV64GC}
 _LINKED: Final = {"linux": ".so", "macos": ".dylib", "darwin": ".dylib"}
 _TRIPLE: Final = re.compile(r"[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 
@@ -77,9 +79,9 @@ class CpuTarget(TargetSpec):
     def link(self, output: Path, objects: list[Path]) -> None:
         """`zig cc -shared` without any standard library: TVM's symbols and libm are those of the process."""
         arch, system = zig_target(self.triple)
-        undefined = ["-undefined", "dynamic_lookup"] if system == "macos" else []
+        macos = ["-undefined", "dynamic_lookup", f"-Wl,-install_name,@rpath/{output.name}"]
         command = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-{system}", "-shared", "-nostdlib", "-g0"]
-        command += [*undefined, "-o", str(output), *map(str, objects)]
+        command += [*(macos if system == "macos" else []), "-o", str(output), *map(str, objects)]
         cache = settings.cache_dir() / "zig"
         environment = {"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
         try:
@@ -155,10 +157,11 @@ def _make(name: str, triple: str, cpu: str, unit: VectorUnit, *, runs_here: bool
     mattr = [f"+{feature}" for feature in unit.features]
     if unit is AVX2 and runs_here:  # a hypervisor may hide what the processor's name implies
         mattr += ["-avx512f"]
+    llvm: dict[str, object] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": mattr}
     system = next((suffix for key, suffix in _LINKED.items() if key in triple), ".tar")
     return CpuTarget(
         name=name,
-        tvm_target={"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": mattr},
+        tvm_target=llvm | ({"mabi": unit.abi} if unit.abi else {}),
         dtype="float32",
         library_suffix=system,
         default_scheme="w4g128",

@@ -142,4 +142,5 @@ def reference_linear(problem: MatmulProblem) -> Any:
 
     y = te.compute((m, n), finished, name="y")
     function = te.create_prim_func([x, *weight.values(), *bias, *residual, y])
-    return function.with_attrs({TAG: encode_problem(problem), "tirx.noalias": True})
+    # 8 is kOpaque: FuseOps leaves it to FuseEpilogue.
+    return function.with_attrs({TAG: encode_problem(problem), "tirx.noalias": True, "op_pattern": 8})

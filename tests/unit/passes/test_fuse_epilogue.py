@@ -1,0 +1,84 @@
+"""`FuseEpilogue` fuses bias, activation and residual, in that order, and nothing that is read elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers_passes import block_module, block_plan, check_golden
+from tvm import relax
+
+from awq_compile.formats import QuantSpec
+from awq_compile.kernels.linear import TAG, decode_problem
+from awq_compile.passes.fuse_epilogue import FuseEpilogue
+from awq_compile.passes.quantize_linears import QuantizeLinears
+
+SPEC = QuantSpec(4, 32)
+
+
+def epilogues(module: Any) -> list[str]:
+    """Names of the epilogues of all quantised linears."""
+    found = [decode_problem(str(f.attrs[TAG])) for f in module.functions.values() if f.attrs and TAG in f.attrs]
+    return sorted(p.epilogue.name for p in found)
+
+
+def quantised(body: Any, *, bias: int = 0) -> Any:
+    """run(x (m, 32), r (m, 64), w (64, 32), [b]) → body(builder, x Wᵀ, r, b), quantised."""
+    builder = relax.BlockBuilder()
+    from tvm import tirx
+
+    m = tirx.Var("m", "int64")
+    x, r = (relax.Var(name, relax.TensorType((m, size), "float32")) for name, size in (("x", 32), ("r", 64)))
+    w, b = (
+        relax.Var("w.weight", relax.TensorType((64, 32), "float32")),
+        relax.Var("b", relax.TensorType((64,), "float32")),
+    )
+    with builder.function("run", [x, r, w, b], {"num_input": 2}):
+        with builder.dataflow():
+            y = builder.emit(relax.op.matmul(x, builder.emit(relax.op.permute_dims(w))))
+            out = builder.emit_output(body(builder, y, r, b))
+        builder.emit_func_output(out)
+    return FuseEpilogue().as_tvm()(QuantizeLinears({"w.weight": SPEC}).as_tvm()(builder.get()))
+
+
+def test_golden_ir() -> None:
+    """A whole block: bias + residual, silu · mul, residual, and a plain last matmul."""
+    module = FuseEpilogue().as_tvm()(QuantizeLinears(block_plan(SPEC)).as_tvm()(block_module()))
+    assert epilogues(module) == ["", "bias_residual", "residual", "silu_mul"]
+    check_golden("fuse_epilogue", module)
+
+
+@pytest.mark.parametrize(
+    ("body", "fused"),
+    [
+        (lambda b, y, r, c: relax.op.add(r, y), "residual"),
+        (lambda b, y, r, c: relax.op.add(b.emit(relax.op.add(y, c)), r), "bias_residual"),
+        (lambda b, y, r, c: relax.op.nn.relu(b.emit(relax.op.add(c, y))), "bias_relu"),
+        (lambda b, y, r, c: relax.op.add(b.emit(relax.op.nn.relu(y)), r), "relu_residual"),
+    ],
+)
+def test_what_is_fused(body: Any, fused: str) -> None:
+    """Whatever the order of an addition's operands."""
+    assert epilogues(quantised(body)) == [fused]
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        # the product is read twice
+        (lambda b, y, r, c: relax.op.multiply(b.emit(relax.op.add(y, r)), y), ""),
+        # a bias behind the residual would change the order
+        (lambda b, y, r, c: relax.op.add(b.emit(relax.op.add(y, r)), c), "residual"),
+        # a second residual has no place
+        (lambda b, y, r, c: relax.op.add(b.emit(relax.op.add(y, r)), r), "residual"),
+        # an activation behind the residual likewise
+        (lambda b, y, r, c: relax.op.nn.relu(b.emit(relax.op.add(y, r))), "residual"),
+        # a bias that is computed is not stored as float16
+        (lambda b, y, r, c: relax.op.add(y, b.emit(relax.op.multiply(c, c))), ""),
+        # silu(a) * b where b is no half of the same product
+        (lambda b, y, r, c: relax.op.multiply(b.emit(relax.op.nn.silu(y)), r), ""),
+    ],
+)
+def test_what_is_declined(body: Any, left: str) -> None:
+    """These keep their operators outside."""
+    assert epilogues(quantised(body)) == [left]
