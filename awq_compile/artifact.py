@@ -201,12 +201,7 @@ class DistWriter:
 
     def write_tokenizer(self, source: Path) -> list[str]:
         """Copies the tokenizer's files; returns their names."""
-        names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-        if "tokenizer.json" not in names:
-            raise ModelError(
-                f"{source} has no tokenizer.json",
-                hint="write one: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
-            )
+        names = tokenizer_files(source)
         with disk_errors(self.final):
             for name in names:
                 shutil.copyfile(source / name, self.path / name)
@@ -239,6 +234,17 @@ class DistWriter:
                 self.final.rename(self._old)
             self.path.rename(self.final)
             shutil.rmtree(self._old, ignore_errors=True)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the tokenizer's files in a model directory; tokenizer.json must be among them."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if "tokenizer.json" not in names:
+        raise ModelError(
+            f"{folder} has no tokenizer.json",
+            hint="write one: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+    return names
 
 
 def check_output(final: Path) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from awq_compile.errors import ArtifactError
+from awq_compile.errors import ArtifactError, UsageError
 from awq_compile.formats import QuantScheme
 
 FORMAT: Final = "awq-compile dist"
@@ -226,7 +226,10 @@ def _read_manifest(path: Path) -> Manifest:
     }
     versions = _get(data, "versions", dict, where)
     scheme = _get(data, "scheme", str, where)
-    QuantScheme.parse(scheme)
+    try:
+        QuantScheme.parse(scheme)
+    except UsageError as error:
+        raise ArtifactError(f"{where}: scheme is {scheme!r:.80}: {error}") from None
     return Manifest(
         _get(data, "model", str, where),
         scheme,

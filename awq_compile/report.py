@@ -104,10 +104,11 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px }
 th { text-align: left; color: var(--soft); font-weight: 550; white-space: nowrap }
 th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 tr:last-child td { border-bottom: 0 }
+.facts-table td:first-child { width: 190px; color: var(--soft) }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 code { font: 12.5px/1.5 ui-monospace, Menlo, monospace; overflow-wrap: anywhere }
 .good { color: var(--good) } .bad { color: var(--bad) } .soft { color: var(--soft) }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); gap: 14px 22px }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(215px, 1fr)); gap: 14px 20px }
 .panels svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--soft); font: 10px system-ui, sans-serif }
 svg .title { fill: var(--ink); font-size: 11.5px; font-weight: 600 }
@@ -133,7 +134,7 @@ def render_html(report: Json) -> str:
         f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>",
         _facts(report),
         _evaluation(report["evaluation"]) if report["evaluation"] else "",
-        _errors(report["linears"]),
+        _errors(report["linears"], report["method"]),
         *(_library(target, entry) for target, entry in report["libraries"].items()),
         _provenance(report),
     ]
@@ -172,6 +173,12 @@ def _facts(report: Json) -> str:
     return f'<div class="facts">{"".join(facts)}</div>'
 
 
+def _pairs(rows: Iterable[Sequence[str]]) -> str:
+    """Name and value, without a head; cells are HTML already."""
+    body = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
+    return f'<table class="facts-table">{body}</table>'
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
     """Cells are HTML already."""
 
@@ -200,7 +207,7 @@ def _evaluation(evaluation: Json) -> str:
     return _section("Perplexity", intro, _table(["", "perplexity", "change", "KL"], rows, {1, 2, 3}))
 
 
-def _errors(linears: list[Json]) -> str:
+def _errors(linears: list[Json], method: str) -> str:
     """Chart and table of the relative output error of every linear."""
     measured = [row for row in linears if row["rtn_error"] is not None and row["error"] is not None]
     kinds: dict[str, list[tuple[int, float, float]]] = {}
@@ -233,10 +240,12 @@ def _errors(linears: list[Json]) -> str:
         )
     head = ["linear", "shape", "format", "rounded", "kept", "change", "scale", "clipped", "method"]
     table = _table(head, rows, {3, 4, 5, 7})
-    intro = (
-        "Relative error of each linear's output on the calibration text, by layer: what rounding to nearest would "
-        "have cost, and what was kept."
-    )
+    intro = "Relative error of each linear, by layer. Nothing was calibrated."
+    if method != "rtn":
+        intro = (
+            "Relative error of each linear's output on the calibration text, by layer: what rounding to nearest "
+            "would have cost, and what was kept."
+        )
     content = (f'{key}<div class="panels">{panels}</div>' if panels else "") + (
         f"<details{'' if panels else ' open'}><summary>All {len(linears)} linears</summary>{table}</details>"
         if linears
@@ -265,7 +274,8 @@ def _panel(kind: str, points: list[tuple[int, float, float]]) -> str:
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text x="{left - 5}" y="{y(value) + 3:.1f}" text-anchor="end">{value:.3g}</text>')
     for layer in sorted({0, last // 2, last}):
-        parts.append(f'<text x="{x(layer):.1f}" y="{height - 5}" text-anchor="middle">{layer}</text>')
+        words = f"layer {layer}" if layer == 0 else str(layer)
+        parts.append(f'<text x="{x(layer):.1f}" y="{height - 5}" text-anchor="middle">{words}</text>')
     for index, style in ((1, "rtn"), (2, "awq")):
         line = " ".join(f"{x(point[0]):.1f},{y(point[index]):.1f}" for point in points)
         parts.append(f'<polyline class="{style}" points="{line}"/>')
@@ -301,7 +311,7 @@ def _library(target: str, entry: Json) -> str:
         ["TVM target", f"<code>{_value(entry['tvm_target'])}</code>"],
         ["verification", verified],
     ]
-    content = _table(["", ""], facts, set())
+    content = _pairs(facts)
     kernels = entry.get("kernels") or []
     if kernels:
         head = list(dict.fromkeys(key for kernel in kernels for key in kernel))
@@ -319,4 +329,4 @@ def _provenance(report: Json) -> str:
     rows += [[escape(str(key)), _value(value)] for key, value in report["options"].items()]
     if report["calibration"]:
         rows.append(["calibration", _value(report["calibration"])])
-    return _section("Made with", "", _table(["", ""], rows, set()))
+    return _section("Made with", "", _pairs(rows))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from awq_compile.cli.source import Source
     from awq_compile.compiler import CompileOptions
     from awq_compile.formats import QuantScheme
+    from awq_compile.models.config import ModelConfig
     from awq_compile.targets.base import TargetSpec
     from awq_compile.verification import Verification
 
@@ -101,8 +102,9 @@ def build(
     verbose: o.Verbose = False,
 ) -> None:
     """Quantise MODEL to INT4 by AWQ, compile it by TVM, package it for the MLC runtime, and verify the result."""
-    from awq_compile.artifact import check_output
+    from awq_compile.artifact import check_output, tokenizer_files
     from awq_compile.cli.source import find_model
+    from awq_compile.models.config import read_config
     from awq_compile.targets import resolve_target
 
     output = Output(as_json, verbose)
@@ -124,10 +126,12 @@ def build(
         chosen = quantised.scheme
     final = out or Path("dist") / f"{source.name}-{chosen.name}"
     check_output(final)
+    config = read_config(source.path)
+    tokenizer_files(source.path)
+    options = _options(config, context_window_size, prefill_chunk_size, max_batch_size)
     if not source.quantised:
-        calibration = calibration_spec(calib, calib_samples, calib_length, seed)
+        calibration = calibration_spec(config, calib, calib_samples, calib_length, seed)
         quantised = _quantised(source, chosen, calibration, how, output)
-    options = _options(quantised, context_window_size, prefill_chunk_size, max_batch_size)
     job = _Job(source, quantised, targets, options, final, dump, output)
     rows = []
     if text is not None and not source.quantised:
@@ -158,11 +162,11 @@ def _quantised(
     return quantised(source, folder, scheme, calibration, method, output)
 
 
-def _options(model: QuantizedModel, context: int | None, prefill: int | None, batch: int | None) -> CompileOptions:
+def _options(config: ModelConfig, context: int | None, prefill: int | None, batch: int | None) -> CompileOptions:
     """The limits, with the model's own context window as the largest."""
     from awq_compile.compiler import CompileOptions
 
-    most = model.config.context_window_size
+    most = config.context_window_size
     if context is not None and context > most:
         raise UsageError(f"--context-window-size {context} is more than the model's own {most}", hint=f"at most {most}")
     window = context or min(most, DEFAULT_CONTEXT)

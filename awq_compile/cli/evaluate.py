@@ -56,6 +56,7 @@ def evaluate(
     from awq_compile.cli.source import find_model
     from awq_compile.formats import QuantScheme
     from awq_compile.manifest import is_dist, open_dist
+    from awq_compile.models.config import read_config
 
     output = Output(as_json, verbose)
     dists = [open_dist(Path(p)) for p in paths if is_dist(Path(p))]
@@ -66,7 +67,6 @@ def evaluate(
     )
     candidates: list[Candidate] = []
     tokenizer: Path | None = None
-    spec = calibration_spec(calib, calib_samples, calib_length, seed)
     for word in paths:
         path = Path(word)
         if is_dist(path):
@@ -76,6 +76,7 @@ def evaluate(
         else:
             source = find_model(word, output)
             path = source.path
+            spec = calibration_spec(read_config(path), calib, calib_samples, calib_length, seed)
             rounded = cached(source, chosen, spec, "rtn", output)
             found = cached(source, chosen, spec, "awq", output)
             candidates[:0] = model_candidates(path, chosen, rounded, found)

@@ -87,7 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     verbose = "-v" in words or "--verbose" in words
     click_error = typer.BadParameter.__mro__[2]  # typer vendors click from 0.16 on: no import works for all versions
     try:
-        return int(dispatch(words))
+        code = int(dispatch(words))
+        if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this code
+            raise KeyboardInterrupt
+        return code
     except (KeyboardInterrupt, typer.Abort):
         _show("interrupted; what was finished is kept, and the same command goes on from there", None)
         return ExitCode.INTERRUPTED

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from awq_compile.awq.checkpoint import QuantizedModel
     from awq_compile.awq.quantize import Method
     from awq_compile.formats import QuantScheme
+    from awq_compile.models.config import ModelConfig
 
 
 def choose_scheme(
@@ -49,10 +50,14 @@ def choose_method(method: str) -> Method:
     raise UsageError(f"--method must be awq or rtn, got {method!r}", hint="--method awq")
 
 
-def calibration_spec(calib: str | None, samples: int | None, length: int | None, seed: int) -> CalibrationSpec:
-    """The calibration that the options describe."""
+def calibration_spec(
+    config: ModelConfig, calib: str | None, samples: int | None, length: int | None, seed: int
+) -> CalibrationSpec:
+    """The calibration that the options describe; windows are at most as long as the model's context."""
     from awq_compile.awq.calibrate import CalibrationSpec
 
+    if length is None:
+        length = min(CalibrationSpec.length, config.context_window_size)
     given: dict[str, Any] = {"source": calib, "samples": samples, "length": length, "seed": seed}
     return CalibrationSpec(**{name: value for name, value in given.items() if value is not None})
 
@@ -80,6 +85,7 @@ def quantize(
 ) -> None:
     """Quantise MODEL into the checkpoint Q, layer by layer; a stopped run goes on where it was."""
     from awq_compile.cli.source import find_model, quantised
+    from awq_compile.models.config import read_config
 
     output = Output(as_json, verbose)
     chosen = choose_scheme(scheme, bits, group_size, asymmetric, head_bits)
@@ -88,7 +94,8 @@ def quantize(
     if source.quantised:
         raise UsageError(f"{model} is quantised already", hint=f"awq-compile {model} compiles it")
     started = time.monotonic()
-    made = quantised(source, out, chosen, calibration_spec(calib, calib_samples, calib_length, seed), how, output)
+    calibration = calibration_spec(read_config(source.path), calib, calib_samples, calib_length, seed)
+    made = quantised(source, out, chosen, calibration, how, output)
     took = time.monotonic() - started
     if output.verbose or output.json:
         output.table(layer_table(made))

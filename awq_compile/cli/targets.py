@@ -24,7 +24,5 @@ def targets(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
         table.add_row(name, spec.library_suffix, spec.default_scheme, "yes" if spec.runs_here else "", " ".join(words))
         result.append(asdict(spec))
     output.table(table)
-    output.say(
-        "cpu is this machine; cpu:TRIPLE takes any LLVM triple, and cpu:TRIPLE@CPU a processor of LLVM's naming."
-    )
+    output.say("cpu is this machine; cpu:TRIPLE takes any LLVM triple, cpu:TRIPLE@CPU one of LLVM's processors.")
     output.result(result)
