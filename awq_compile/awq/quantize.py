@@ -30,7 +30,7 @@ from awq_compile.awq.layer import LayerQuantizer, gram_of
 from awq_compile.awq.outer import report as outer_report
 from awq_compile.awq.outer import round_rows
 from awq_compile.awq.rounding import decode, encode, pack, plain_grid
-from awq_compile.awq.work import Arrays, WorkDirectory
+from awq_compile.awq.work import Arrays, WorkDirectory, clear_finished
 from awq_compile.errors import AwqCompileError, ModelError, UsageError
 from awq_compile.formats import GROUPS, Float16Spec, QuantizedMatrix, QuantScheme, QuantSpec, dequantize_matrix
 from awq_compile.models.config import ModelConfig, read_config
@@ -89,6 +89,7 @@ def quantize_model(
     key = _key(model_dir, weights, scheme, method, calibration, text_sha256)
     if out.exists():
         if is_checkpoint(out) and _is_current(out, key):
+            clear_finished(out)
             on_progress(config.num_layers, config.num_layers, 0.0, f"{out} is up to date")
             return open_checkpoint(out)
         if not (replace and is_checkpoint(out)):

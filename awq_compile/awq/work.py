@@ -43,6 +43,13 @@ def contiguous(arrays: Arrays) -> Arrays:
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
+def clear_finished(out: Path) -> None:
+    """Removes what a kill right after the last rename leaves beside a finished `out`."""
+    root = out.parent / f"{out.name}.partial"
+    if root.is_dir() and not (root / "checkpoint").exists():
+        shutil.rmtree(root)
+
+
 class WorkDirectory:
     """`OUT.partial`, locked against a second process."""
 
