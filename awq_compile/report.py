@@ -217,8 +217,12 @@ def _errors(linears: list[Json], method: str) -> str:
             kinds.setdefault(parts[-1], []).append((int(parts[2]), row["rtn_error"], row["error"]))
     panels = "".join(_panel(kind, points) for kind, points in kinds.items())
     key = (
-        '<p class="key"><span><i style="background:var(--rtn)"></i>round-to-nearest</span>'
-        '<span><i style="background:var(--awq)"></i>kept</span></p>'
+        ""
+        if method == "rtn"
+        else (
+            '<p class="key"><span><i style="background:var(--rtn)"></i>round-to-nearest</span>'
+            '<span><i style="background:var(--awq)"></i>kept</span></p>'
+        )
     )
     rows = []
     for row in linears:
