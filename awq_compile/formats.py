@@ -165,6 +165,11 @@ class QuantSpec:
         return sum(rows * cols * np.dtype(dtype).itemsize for (rows, cols), dtype in self.arrays(n, k).values())
 
 
+def packed_name(parameter: str, suffix: str) -> str:
+    """Name of one packed array of a parameter: `a.b.weight` gives `a.b.q_weight`, and `w` gives `w.q_weight`."""
+    return f"{parameter.removesuffix('.weight')}.{suffix}"
+
+
 @dataclass(frozen=True)
 class Float16Spec:
     """A matrix left in float16: one array, `weight` (N, K)."""

@@ -26,7 +26,7 @@ from typing import Any
 from tvm import relax, tirx
 
 from awq_compile.errors import CompileError
-from awq_compile.formats import WeightSpec
+from awq_compile.formats import WeightSpec, packed_name
 from awq_compile.kernels.embedding import embedding_take
 from awq_compile.kernels.linear import reference_linear
 from awq_compile.passes.base import (
@@ -110,10 +110,9 @@ class _FunctionRewriter:
 
     def _packed_params(self, param: Any) -> list[Any]:
         n, k = self._rows_and_columns(param)
-        stem = param.name.removesuffix("weight")
         spec = self.planned[param]
         self.packed[param] = [
-            relax.Var(stem + suffix, relax.TensorType(shape, dtype))
+            relax.Var(packed_name(param.name, suffix), relax.TensorType(shape, dtype))
             for suffix, (shape, dtype) in spec.arrays(n, k).items()
         ]
         return self.packed[param]

@@ -14,7 +14,7 @@ from typing import Any
 from tvm import tirx
 
 from awq_compile.errors import CompileError
-from awq_compile.formats import WeightSpec
+from awq_compile.formats import QuantSpec, WeightSpec, packed_name
 from awq_compile.kernels.embedding import EMBEDDING_TAG
 from awq_compile.kernels.linear import TAG
 from awq_compile.passes.base import RelaxPass, bindings_of, called_op, relax_functions
@@ -36,9 +36,7 @@ class VerifyQuantized(RelaxPass):
         """What should not be there, one sentence each."""
         found = []
         packed = {
-            name.removesuffix("weight") + "q_weight": name
-            for name, spec in self.plan.items()
-            if "q_weight" in spec.arrays(8, 128)
+            packed_name(name, "q_weight"): name for name, spec in self.plan.items() if isinstance(spec, QuantSpec)
         }
         for var, function in relax_functions(module):
             if not function.attrs or "num_input" not in function.attrs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from awq_compile.formats import QuantScheme, WeightSpec
+from awq_compile.formats import QuantScheme, WeightSpec, packed_name
 from awq_compile.models.config import ModelConfig
 
 
@@ -30,9 +30,8 @@ class Parameter:
         """Name → (shape, dtype) of the arrays that this parameter becomes, in order."""
         if self.spec is None:
             return {self.name: (self.shape, "float16")}
-        stem = self.name.removesuffix("weight")
         n, k = self.shape
-        return {stem + suffix: found for suffix, found in self.spec.arrays(n, k).items()}
+        return {packed_name(self.name, suffix): found for suffix, found in self.spec.arrays(n, k).items()}
 
 
 def model_parameters(config: ModelConfig, scheme: QuantScheme) -> list[Parameter]:

@@ -6,12 +6,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import tvm
-from helpers_kernels import arrays_of, random_matrix
+from helpers_kernels import random_matrix
 from helpers_passes import run_module
 from onnx import TensorProto, helper, numpy_helper
 from tvm.relax.frontend.onnx import from_onnx
 
-from awq_compile.formats import QuantizedMatrix, QuantSpec, dequantize_matrix
+from awq_compile.formats import QuantizedMatrix, QuantSpec, dequantize_matrix, packed_name
 from awq_compile.kernels.linear import TAG, decode_problem
 from awq_compile.passes.apply_schedules import ApplySchedules
 from awq_compile.passes.fuse_epilogue import FuseEpilogue
@@ -58,17 +58,8 @@ def test_an_onnx_mlp_is_quantised_fused_and_right() -> None:
     problems = [decode_problem(str(f.attrs[TAG])) for f in module.functions.values() if f.attrs and TAG in f.attrs]
     assert sorted(p.epilogue.name for p in problems) == ["", "bias_relu"]
     x = rng.standard_normal((5, 64)).astype(np.float32)
-    by_name = {
-        f"{n}.{s}": a for n, m in packed.items() for s, a in zip(("q_weight", "q_scale"), arrays_of(m), strict=True)
-    }
-    arguments = [x]
-    for p in module["main"].params[1:]:
-        matching = [
-            a
-            for n, a in by_name.items()
-            if p.name == n or p.name.endswith(n.replace(".", "")) or p.name == n.replace(".", "")
-        ]
-        arguments.append(matching[0] if matching else bias)
-    result = run_module(module, arguments, "main")
+    stored = {packed_name(n, s): a for n, matrix in packed.items() for s, a in matrix.arrays().items()}  # type: ignore[union-attr]
+    arguments = [stored.get(p.name, bias) for p in module["main"].params[1:]]
+    result = run_module(module, [x, *arguments], "main")
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert np.abs(result - session.run(None, {"x": x})[0]).max() < 1e-4
