@@ -164,8 +164,9 @@ class _FunctionRewriter:
         return [relax.VarBinding(var, relax.call_tir(kernel, [ids, *self.packed[weight]], var.ty))]
 
     def _check(self, result: Any) -> None:
+        uses = uses_of(result)
         for weight in self.planned:
-            if not uses_of(result)[weight]:
+            if not uses[weight]:
                 continue
             readers = [
                 called_op(b.value) or str(b.value)[:60]
