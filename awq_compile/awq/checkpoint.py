@@ -51,9 +51,9 @@ class LinearReport:
     """What quantising did to one linear.
 
     `rtn_error` and `error` are relative output errors, sqrt(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)), of round-to-nearest
-    (the same format, plain range) and of what was kept. `kind` is "mean" (s = a^r), "duo" (s = a^r / w^(1-r))
-    or "identity"; `ratio` is r. `kept` is "rtn", "awq" or "awq+refined" for a layer's linear, "rtn",
-    "range search" or "range search+refined" for embedding and head.
+    (the same format, plain range) and of what was kept, over evenly spaced rows where the matrix is large.
+    `kind` is "mean" (s = a^r), "duo" (s = a^r / w^(1-r)) or "identity"; `ratio` is r. `kept` is "rtn", "awq" or
+    "awq+refined" for a layer's linear, "rtn", "range search" or "range search+refined" for embedding and head.
     """
 
     name: str
@@ -75,8 +75,8 @@ class LinearReport:
     @staticmethod
     def from_json(data: Any) -> LinearReport:
         """Raises `CheckpointError` for anything of another shape."""
-        kinds: dict[str, tuple[type, ...]] = {name: (str,) for name in ("name", "spec", "kind", "kept", "note")}
-        kinds |= {name: (float, int) for name in ("ratio", "clipped")} | {"refined": (bool,), "shape": (list,)}
+        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("name", "spec", "kind", "kept", "note"), (str,))
+        kinds |= dict.fromkeys(("ratio", "clipped"), (float, int)) | {"refined": (bool,), "shape": (list,)}
         kinds |= {name: (float, int, type(None)) for name in ("rtn_error", "error")}
         if (
             not isinstance(data, dict)

@@ -22,7 +22,7 @@ from awq_compile.awq.checkpoint import LinearReport
 from awq_compile.awq.clip import search_range
 from awq_compile.awq.refine import Refined, plain, refine
 from awq_compile.awq.rounding import Grid, decode, plain_grid, round_to
-from awq_compile.awq.search import Choice, quadratic, search_scale
+from awq_compile.awq.search import CHECK_MACS, Choice, quadratic, search_scale, some_rows
 from awq_compile.errors import CompileError
 from awq_compile.formats import QuantSpec
 from awq_compile.models.architectures import ScaleGroup
@@ -260,7 +260,8 @@ class LayerQuantizer:
     ) -> list[float]:
         """Squared output error of the group's scope for each variant."""
         if group.scope == group.linears[0]:
-            return [quadratic(v.effective - original, gram) for v in variants]
+            rows = some_rows(original.shape[0], original.shape[1], CHECK_MACS)
+            return [quadratic(v.effective[rows] - original[rows], gram) for v in variants]
         picked, run = states[spread(len(states), SCOPE_WINDOWS)], self._run_of(group)
         expected = torch.cat([run(x) for x in self.block.chunks(picked)])
         errors = []
@@ -286,10 +287,12 @@ class LayerQuantizer:
         for name, effective in self._split(group, variant.effective).items():
             weight = self.original[name]
             self.linears[name] = Refined(codes[name], Grid(scales[name], zeros[name]))
-            full = quadratic(weight, gram)
+            rows = some_rows(weight.shape[0], weight.shape[1], CHECK_MACS)
+            some = weight[rows]
+            full = quadratic(some, gram)
 
-            def relative(value: torch.Tensor, weight: torch.Tensor = weight, full: float = full) -> float:
-                return (quadratic(value - weight, gram) / full) ** 0.5 if full > 0 else 0.0
+            def relative(value: torch.Tensor, some: torch.Tensor = some, full: float = full) -> float:
+                return (quadratic(value - some, gram) / full) ** 0.5 if full > 0 else 0.0
 
             range_ratio = scales[name].abs() / plain_grid(scaled[name], self.spec).scale.abs()
             n, k = weight.shape
@@ -298,8 +301,8 @@ class LayerQuantizer:
                     f"{self.name}.{name}",
                     (n, k),
                     self.spec.name,
-                    rtn_error=relative(round_to(weight, plain_grid(weight, self.spec), self.spec)),
-                    error=relative(effective),
+                    rtn_error=relative(round_to(some, plain_grid(some, self.spec), self.spec)),
+                    error=relative(effective[rows]),
                     kind=choice.kind,
                     ratio=choice.ratio,
                     clipped=float((range_ratio < 0.99).float().mean()),

@@ -84,7 +84,9 @@ def quantize_model(
     weights = Weights(model_dir, config)
     if method == "awq" and calibration.length > config.context_window_size:
         calibration = replace_field(calibration, length=config.context_window_size)
-        on_progress(0, config.num_layers, None, f"calibrating on windows of {calibration.length} tokens, the model's context")
+        on_progress(
+            0, config.num_layers, None, f"calibrating on windows of {calibration.length} tokens, the model's context"
+        )
     tokens, text_sha256 = calibration_tokens(calibration, model_dir, config) if method == "awq" else (None, "")
     key = _key(model_dir, weights, scheme, method, calibration, text_sha256)
     if out.exists():

@@ -6,7 +6,7 @@ Minimises tr((W - Ŵ) H (W - Ŵ)ᵀ), Ŵ = (q - z)·s, over codes q and scales s
    columns after it by the upper Cholesky factor U of H^-1:  W_j -= (W_i - Ŵ_i) U_ij / U_ii  for j > i.
 2. Sweeps of coordinate descent. With the gradient R = (W - Ŵ) H, a group's scale moves by
    (c·R_g) / (c H_g cᵀ), c = q - z, and a code to the grid point nearest Ŵ_k + R_k / H_kk.
-   Both steps lower the objective or leave it.
+   Both steps lower the objective or leave it. Scales move in the first sweep only: later ones gain little.
 
 Matrices are held transposed, (K, N): a column of W is a contiguous row. Loops run over columns in Python and
 over rows in torch. N rows are independent, so linears that share an input are refined stacked.
@@ -131,8 +131,9 @@ def refine(
     zero, scale = grid.zero.T.contiguous(), grid.scale.T.contiguous()
     centred = codes.T - zero.repeat_interleave(spec.group, 0)
     residual = hessian @ (weight - decode(codes, grid, spec)).T
-    for _ in range(sweeps):
-        _refit_scales(residual, centred, scale, hessian, spec.group)
+    for sweep in range(sweeps):
+        if not sweep:
+            _refit_scales(residual, centred, scale, hessian, spec.group)
         _sweep_codes(residual, centred, scale, zero, hessian, spec)
     found = Grid(scale.T.contiguous(), grid.zero)
     return Refined((centred + zero.repeat_interleave(spec.group, 0)).T.contiguous(), found)

@@ -7,7 +7,7 @@ For linears W (N, K) that read the same x, with H = Σ x xᵀ over the calibrati
 over s = a^r ("mean") and s = a^r / w^(1-r) ("duo"), a_k = E|x_k|, w_k the mean over rows of |W_nk| over its
 group's absmax, r = 0, 1/19, …, 1; the identity is "mean" with r = 0. Each s is divided by sqrt(max·min) and
 kept above 1e-4. Departures from the paper: the loss comes from H, not from replaying tokens, so its cost does
-not depend on their number; large matrices are ranked on evenly spaced rows, and the winner checked on all.
+not depend on their number; large matrices are ranked on evenly spaced rows, and the winner checked on more.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from awq_compile.formats import QuantSpec
 
 STEPS: Final = 20
 SMALLEST: Final = 1e-4
-_RANK_MACS: Final = 1 << 31  # multiply-adds spent on one candidate
-_RANK_ROWS: Final = 128  # but never on fewer rows than these
+_RANK_MACS: Final = 1 << 29  # multiply-adds spent on one candidate
+CHECK_MACS: Final = 1 << 33  # and on one loss that decides or is reported
+_FEWEST_ROWS: Final = 64  # but never fewer rows than these
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The winner: its scales (K,), and its loss and round-to-nearest's over all rows."""
+    """The winner: its scales (K,), and its loss and round-to-nearest's over the rows that were checked."""
 
     kind: str
     ratio: float
@@ -41,6 +42,12 @@ class Choice:
 def quadratic(delta: torch.Tensor, gram: torch.Tensor) -> float:
     """tr(Δ H Δᵀ)."""
     return float(((delta @ gram) * delta).sum(dtype=torch.float64))
+
+
+def some_rows(n: int, k: int, macs: int) -> torch.Tensor:
+    """Evenly spaced indices of as many of n rows as a quadratic with (K, K) may use; all of them unless K is large."""
+    rows = min(n, max(_FEWEST_ROWS, macs // (k * k)))
+    return torch.linspace(0, n - 1, rows).round().long()
 
 
 def share(value: torch.Tensor, heads: tuple[int, int] | None) -> torch.Tensor:
@@ -91,8 +98,7 @@ def search_scale(
 ) -> Choice:
     """Best scales for the stacked rows `weight` (N, K) of all linears that share them; never worse than identity."""
     n, k = weight.shape
-    rows = min(n, max(_RANK_ROWS, _RANK_MACS // (k * k)))
-    ranked = weight[torch.linspace(0, n - 1, rows).round().long()] if rows < n else weight
+    ranked, checked = weight[some_rows(n, k, _RANK_MACS)], weight[some_rows(n, k, CHECK_MACS)]
     best: tuple[float, str, float, torch.Tensor] | None = None
     for kind, ratio, scale in candidates(mean_abs, weight, spec.group):
         scale = normalised(share(scale.log(), heads).exp()) if kind != "identity" else scale
@@ -102,8 +108,8 @@ def search_scale(
     assert best is not None
     _, kind, ratio, scale = best
     identity = torch.ones_like(mean_abs)
-    rtn_loss = quadratic(scaled_delta(weight, identity, spec), gram)
-    loss = rtn_loss if kind == "identity" else quadratic(scaled_delta(weight, scale, spec), gram)
+    rtn_loss = quadratic(scaled_delta(checked, identity, spec), gram)
+    loss = rtn_loss if kind == "identity" else quadratic(scaled_delta(checked, scale, spec), gram)
     if not loss < rtn_loss:
         return Choice("identity", 0.0, identity, rtn_loss, rtn_loss)
     return Choice(kind, ratio, scale, loss, rtn_loss)

@@ -82,7 +82,12 @@ def test_a_begin_token_of_the_tokenizer_starts_every_window(model: Path, config:
     ],
 )
 def test_unusable_texts_are_refused(
-    content: str | bytes | None, error: type[AwqCompileError], says: str, model: Path, config: ModelConfig, tmp_path: Path
+    content: str | bytes | None,
+    error: type[AwqCompileError],
+    says: str,
+    model: Path,
+    config: ModelConfig,
+    tmp_path: Path,
 ) -> None:
     """Empty, too short (both numbers), binary and missing texts: one clear error each."""
     path = tmp_path / ("absent.txt" if content is None else "t.txt")

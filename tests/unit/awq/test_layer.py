@@ -49,7 +49,7 @@ def hidden_states(config: ModelConfig, windows: int = 3) -> torch.Tensor:
 
 
 def test_folding_keeps_the_layers_output(loaded: Loaded) -> None:
-    """Arbitrary scales folded into norms, v (also 7:1 grouped-query, with biases) and up change nothing but rounding."""
+    """Arbitrary scales folded into norms, v (also 7:1 grouped-query, with biases) and up change nothing."""
     _, config, tensors, block = loaded
     x = hidden_states(config)
     folded = random_folds(tensors, config)
@@ -94,9 +94,7 @@ def test_scales_that_query_heads_do_not_share_are_caught(loaded: Loaded) -> None
         check_folding(block, folded, hidden_states(config), "model.layers.1")
 
 
-def test_the_planted_mistake_stops_quantising(
-    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_planted_mistake_stops_quantising(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check is on the way: with a broken fold the whole job fails, names the layer and leaves nothing."""
     path, config, _, _ = loaded
     monkeypatch.setattr(layer_module, "kv_rows", lambda scale, heads: kv_rows(scale, heads) * 1.01)

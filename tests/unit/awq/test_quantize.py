@@ -72,6 +72,13 @@ def spec(text: Path) -> CalibrationSpec:
     return CalibrationSpec(str(text), 8, 32)
 
 
+def messages(**arguments: Any) -> list[str]:
+    """What a run of the quantiser says."""
+    seen: list[str] = []
+    quantize_model(**arguments, on_progress=lambda _done, _total, _left, message: seen.append(message))
+    return seen
+
+
 def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*"))}
 
@@ -139,8 +146,7 @@ def test_other_options_start_afresh_and_say_so(model: Path, text: Path, tmp_path
         base = {"model_dir": model, "out": tmp_path / f"out{i}", "scheme": SCHEME, "calibration": spec(text)}
         with pytest.raises(KeyboardInterrupt):
             quantize_model(**base, on_progress=interrupt)
-        seen: list[str] = []
-        quantize_model(**{**base, **change}, on_progress=lambda _done, _total, _left, message: seen.append(message))
+        seen = messages(**{**base, **change})
         assert "starting afresh" in seen[0], change
         assert seen[1] == "layer 1 of 3", change
 
@@ -176,7 +182,7 @@ def test_two_at_once_are_refused(model: Path, text: Path, tmp_path: Path) -> Non
 
 
 def test_reports_cover_every_linear_and_the_record_reproduces(model: Path, text: Path, tmp_path: Path) -> None:
-    """awq_compile.json: options, source hashes, one report per linear, embedding and head, better than RTN; no times."""
+    """awq_compile.json: options, source hashes, one report per linear, embedding and head, better than RTN."""
     found = quantize_model(model, tmp_path / "out", SCHEME, spec(text))
     meta = json.loads((tmp_path / "out" / "awq_compile.json").read_text())
     assert meta["calibration"]["samples"] == 8 and len(meta["calibration"]["text_sha256"]) == 64
@@ -274,7 +280,9 @@ def test_windows_shrink_to_a_short_context(model: Path, text: Path, tmp_path: Pa
     assert found.meta["calibration"]["length"] == 16
 
 
-def test_memory_holds_one_layer_at_a_time(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_one_layer_at_a_time(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When a layer is read, no tensor of an earlier layer is alive any more."""
     import gc
     import weakref

@@ -42,14 +42,18 @@ def edit_state(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) ->
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_values_are_those_of_the_file(dtype: str, tmp_path: Path) -> None:
     """Every dtype comes out as float32 with equal values; one file and shards agree; layer() names within the layer."""
-    one, many = (make_model(tmp_path / str(shards), "qwen3-tied", shards=shards, dtype=dtype) for shards in (False, True))
+    one, many = (
+        make_model(tmp_path / str(shards), "qwen3-tied", shards=shards, dtype=dtype) for shards in (False, True)
+    )
     state = load_file(one / SINGLE_FILE)
     for weights in (open_weights(one), open_weights(many)):
         for name, shape in expected_tensors(weights.config):
             value = weights.tensor(name)
             assert value.dtype == torch.float32 and tuple(value.shape) == shape
             assert torch.equal(value, state[name].float())
-        assert torch.equal(weights.layer(1)["self_attn.q_norm.weight"], state["model.layers.1.self_attn.q_norm.weight"].float())
+        assert torch.equal(
+            weights.layer(1)["self_attn.q_norm.weight"], state["model.layers.1.self_attn.q_norm.weight"].float()
+        )
         assert torch.equal(weights.head(), state["model.embed_tokens.weight"].float())
 
 
@@ -76,11 +80,15 @@ def test_a_truncated_file_is_refused_with_both_sizes(keep: int, model: Path) -> 
     path = model / SINGLE_FILE
     data = path.read_bytes()
     path.write_bytes(data[:keep])
-    with pytest.raises(ModelError, match=r"not a whole safetensors file: it has \d+ bytes, and its header|announces a header"):
+    with pytest.raises(
+        ModelError, match=r"not a whole safetensors file: it has \d+ bytes, and its header|announces a header"
+    ):
         open_weights(model)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "x.bin", "a\\b.safetensors", 7])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "x.bin", "a\\b.safetensors", 7]
+)
 def test_an_index_that_points_elsewhere_is_refused(name: object, sharded: Path) -> None:
     """Only plain names of .safetensors files beside the index; the outside file is never opened."""
     weight_map = json.loads((sharded / INDEX_FILE).read_text())["weight_map"]
@@ -119,7 +127,9 @@ def test_a_directory_without_weights(model: Path) -> None:
 def test_contradictions_name_the_tensor_and_both_shapes(model: Path) -> None:
     """config.json says another intermediate size."""
     edit_json(model / "config.json", intermediate_size=128)
-    with pytest.raises(ModelError, match=r"gate_proj\.weight has shape \[96, 64\], and config\.json asks for \[128, 64\]"):
+    with pytest.raises(
+        ModelError, match=r"gate_proj\.weight has shape \[96, 64\], and config\.json asks for \[128, 64\]"
+    ):
         open_weights(model)
 
 
