@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tvm
-from helpers_kernels import arrays_of, random_matrix
+from helpers_linear import arrays_of, random_matrix
 
 from awq_compile.formats import Float16Spec, QuantizedMatrix, QuantSpec, WeightSpec, dequantize_matrix
 from awq_compile.kernels.embedding import embedding_take

@@ -2,7 +2,7 @@
 
 import pytest
 import tvm
-from helpers_kernels import run_and_compare
+from helpers_linear import run_and_compare
 
 from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.kernels.build import simd_linear

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import tvm
-from helpers_kernels import random_matrix
+from helpers_linear import random_matrix
 from helpers_passes import run_module
 from onnx import TensorProto, helper, numpy_helper
 from tvm.relax.frontend.onnx import from_onnx

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers_kernels import arrays_of, random_matrix
+from helpers_linear import arrays_of, random_matrix
 from helpers_passes import block_module, block_plan, check_golden, run_module
 from tvm import relax
 
