@@ -1,73 +1,83 @@
-"""Random packed weights, and a quantised linear run beside its float64 oracle."""
+"""Builds TIR for a device without the device, and runs what was emitted through an executor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tvm
+import tvm_ffi
+from tvm.s_tir import dlight as dl
+from tvm.target import Target
 
-from awq_compile import reference
-from awq_compile.formats import Float16Spec, QuantizedMatrix, WeightSpec, quantize_matrix
-from awq_compile.problem import MatmulProblem
+from awq_compile.verify.executors.base import DeviceCode, Executor
+from awq_compile.verify.launch_table import Table, run_prim_func
+from awq_compile.verify.record import LaunchRecorder
 
-F64 = npt.NDArray[np.float64]
-
-
-def random_matrix(
-    spec: WeightSpec, n: int, k: int, rng: np.random.Generator
-) -> QuantizedMatrix | npt.NDArray[np.float16]:
-    """(n, k) with every code, scales of both signs, and zero points."""
-    if isinstance(spec, Float16Spec):
-        return (rng.standard_normal((n, k)) * 0.1).astype(np.float16)
-    codes = rng.integers(0, spec.levels, (n, k)).astype(np.uint8)
-    scales = rng.uniform(0.5, 1.5, (n, k // spec.group)) * rng.choice([-1, 1], (n, k // spec.group)) / spec.levels
-    zeros = None if spec.symmetric else rng.integers(0, spec.levels, scales.shape).astype(np.uint8)
-    return quantize_matrix(codes, (scales if spec.symmetric else np.abs(scales)).astype(np.float16), zeros, spec)
-
-
-def arrays_of(matrix: QuantizedMatrix | npt.NDArray[np.float16]) -> list[npt.NDArray[Any]]:
-    """The arrays that a kernel takes."""
-    return list(matrix.arrays().values()) if isinstance(matrix, QuantizedMatrix) else [matrix]
+TARGETS: dict[str, dict[str, Any]] = {
+    "cuda": {"kind": "cuda", "arch": "sm_80", "max_threads_per_block": 1024, "max_shared_memory_per_block": 49152},
+    "metal": {"kind": "metal", "thread_warp_size": 32, "max_threads_per_block": 1024},
+    "opencl": {"kind": "opencl"},
+}
+RULES = {
+    "reduction": (dl.gpu.Reduction(), dl.gpu.GeneralReduction(), dl.gpu.Fallback()),
+    "matmul": (dl.gpu.Matmul(), dl.gpu.Reduction(), dl.gpu.Fallback()),
+    "fallback": (dl.gpu.Fallback(),),
+}
 
 
-def product_and_bound(x: npt.NDArray[Any], matrix: QuantizedMatrix | npt.NDArray[np.float16]) -> tuple[F64, F64]:
-    """x Wᵀ in float64, and how far a kernel that sums in float32 may be from it."""
-    unit = 2.0**-24
-    if isinstance(matrix, QuantizedMatrix):
-        return reference.linear(x, matrix), reference.linear_bound(x, matrix, unit_roundoff=unit)
-    wide, values = x.astype(np.float64), matrix.astype(np.float64)
-    return wide @ values.T, (x.shape[1] + 8) * unit * (np.abs(wide) @ np.abs(values).T)
+@dataclass(frozen=True)
+class Built:
+    """A built module: its host code as tables, its kernels as code, and the module to export."""
+
+    tables: dict[str, Table]
+    code: DeviceCode
+    module: Any
 
 
-def run_and_compare(function: Any, problem: MatmulProblem, rows: tuple[int, ...], target: Any, seed: int = 0) -> None:
-    """Runs a PrimFunc of `problem` for several M on fresh inputs and a poisoned output, against the oracle."""
-    rng = np.random.default_rng(seed)
-    call = tvm.compile(tvm.IRModule({"linear": function.with_attr("global_symbol", "linear")}), target=target)["linear"]
-    matrix = random_matrix(problem.spec, problem.weight_rows, problem.k, rng)
-    epilogue = problem.epilogue
-    for m in rows:
-        x = rng.standard_normal((m, problem.k)).astype(np.float32)
-        expected, bound = product_and_bound(x, matrix)
-        extra: list[npt.NDArray[Any]] = []
-        if epilogue.bias:
-            extra.append(rng.standard_normal(problem.n).astype(np.float16))
-            expected = expected + extra[-1]
-        if epilogue.activation == "relu":
-            expected = np.maximum(expected, 0)
-        if epilogue.activation == "silu_mul":
-            gate, up = expected[:, : problem.n], expected[:, problem.n :]
-            # |silu'| < 1.1; exp, division and product add a few roundings of the result.
-            bound = 1.1 * np.abs(up) * bound[:, : problem.n] + np.abs(reference.silu(gate)) * bound[:, problem.n :]
-            expected = reference.silu(gate) * up
-            bound = bound + 2.0**-20 * np.abs(expected)
-        if epilogue.residual:
-            extra.append(rng.standard_normal((m, problem.n)).astype(np.float32))
-            expected = expected + extra[-1]
-        bound = bound + 2.0**-22 * np.abs(expected) + 1e-6
-        y = tvm.runtime.tensor(np.full((m, problem.n), np.nan, np.float32))
-        call(*(tvm.runtime.tensor(a) for a in [x, *arrays_of(matrix), *extra]), y)
-        error = np.abs(y.numpy() - expected)
-        worst = np.unravel_index(np.argmax(np.nan_to_num(error - bound, nan=np.inf)), error.shape)
-        assert (error <= bound).all(), f"{problem.name} M={m}: {error[worst]} over {bound[worst]} at {worst}"
+def device_target(kind: str) -> Target:
+    return Target(TARGETS[kind], host="llvm")
+
+
+def build(module: Any, kind: str, rules: str = "reduction") -> Built:
+    """Schedules a module (or PrimFunc) with dlight where it is unscheduled and builds it for `kind`."""
+    if isinstance(module, tvm.tirx.PrimFunc):
+        module = tvm.IRModule({str(module.attrs["global_symbol"]): module})
+    target = device_target(kind)
+    recorder = LaunchRecorder()
+    old = tvm_ffi.get_global_func("tvm_callback_cuda_compile", allow_missing=True)
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", lambda code, *_: (code, "cuda"), override=True)
+    try:
+        with target, tvm.transform.PassContext(opt_level=3, instruments=[recorder.instrument()]):
+            module = tvm.IRModule(dict(module.functions.items()), attrs=module.attrs)
+            runtime = tvm.tirx.build(dl.ApplyDefaultSchedule(*RULES[rules])(module), target=target)
+    finally:
+        if old is not None:
+            tvm_ffi.register_global_func("tvm_callback_cuda_compile", old, override=True)
+    device = runtime.imports[0]
+    source = device.inspect_source("cuda" if kind == "cuda" else "")
+    return Built(recorder.tables, device_code(kind, source), runtime)
+
+
+def device_code(kind: str, source: str) -> DeviceCode:
+    """Code in the form in which a library carries it."""
+    if kind != "metal":
+        return DeviceCode("cl" if kind == "opencl" else kind, source)
+    parts = [part.partition("\n") for part in source.split("// Function: ")[1:]]
+    return DeviceCode("metal", kernels={name: text for name, _, text in parts})
+
+
+def run(built: Built, executor: Executor, name: str, args: Sequence[Any]) -> list[str]:
+    executor.load(built.code)
+    return run_prim_func(built.tables[name], executor, args)
+
+
+def llvm_run(function: Any, args: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    """The same function, unscheduled, on the CPU by LLVM: all arguments after the call."""
+    name = str(function.attrs["global_symbol"])
+    library = tvm.tirx.build(tvm.IRModule({name: function}), target="llvm")
+    tensors = [tvm.runtime.tensor(a) for a in args]
+    library[name](*tensors)
+    return [t.numpy() for t in tensors]

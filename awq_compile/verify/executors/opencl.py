@@ -1,0 +1,181 @@
+"""OpenCL kernels through any driver: a GPU's, or Intel's CPU runtime from PyPI.
+
+The driver lives in a child process: which drivers there are is decided by environment variables that must
+stand before a process starts, and a kernel that crashes or never ends takes only the child with it.
+Buffers lie between watched zones; what is written there is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import selectors
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from awq_compile import settings
+from awq_compile.errors import CompileError, EnvironmentMissingError
+from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3, contiguous
+from awq_compile.verify.executors.opencl_worker import receive, send
+
+_HINT: Final = "for any CPU: pip install pyopencl intel-opencl-rt intel-cmplr-lib-rt"
+_VENDORS: Final = Path("/etc/OpenCL/vendors")
+_MARKER: Final = "// Function: "
+
+
+class OpenCLExecutor:
+    """Runs OpenCL C. `prefer` is the type of device to take where there are several: `gpu` or `cpu`.
+
+    `seconds` are allowed for a launch, compiling included.
+    """
+
+    def __init__(self, *, prefer: str = "gpu", seconds: float = 300.0) -> None:
+        self.prefer = prefer
+        self.seconds = seconds
+        self._kernels: dict[str, str] = {}
+        self._types: Mapping[str, tuple[str, ...]] = {}
+        self._child: subprocess.Popen[bytes] | None = None
+        self.device = ""
+
+    def load(self, code: DeviceCode) -> None:
+        """Takes OpenCL C; a kernel is compiled at its first launch."""
+        if code.format != "cl":
+            raise CompileError(f"the OpenCL executor runs OpenCL C, not {code.format}")
+        text = code.code.decode("utf-8") if isinstance(code.code, bytes) else code.code
+        self._kernels = {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in code.kernels.items()}
+        self._kernels |= split_kernels(text)
+        self._types = code.arg_types
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels loaded."""
+        return tuple(self._kernels)
+
+    def launch(
+        self, kernel: str, args: Sequence[Argument], grid: Size3, block: Size3, *, dynamic_shared: int = 0
+    ) -> None:
+        """See `Executor`. Raises `KernelError` on a stray write, a crash of the driver or a kernel that never ends."""
+        if kernel not in self._kernels:
+            raise KeyError(f"kernel {kernel} is not loaded")
+        if dynamic_shared:
+            raise KernelError(f"{kernel}: OpenCL has no dynamic shared memory")
+        if 0 in grid:
+            return
+        arrays = contiguous(kernel, args)
+        numbers = [a for a in args if not isinstance(a, np.ndarray)]
+        header = {
+            "do": "launch",
+            "kernel": kernel,
+            "source": self._kernels[kernel],
+            "scalars": [float(n) if isinstance(n, float | np.floating) else int(n) for n in numbers],
+            "types": [t for t in self._types.get(kernel, ()) if t != "handle"],
+            "global": [g * b for g, b in zip(grid, block, strict=True)],
+            "local": list(block),
+        }
+        answer, data = self._ask(kernel, header, [a.reshape(-1).view(np.uint8).data for a in arrays])
+        if "error" in answer:
+            kind = CompileError if answer.get("compile") else KernelError
+            raise kind(f"{kernel}: {answer['error']}")
+        for array, new in zip(arrays, data, strict=True):
+            array.reshape(-1).view(np.uint8)[...] = np.frombuffer(new, np.uint8)
+
+    def close(self) -> None:
+        """Ends the child process."""
+        if self._child is not None:
+            _end(self._child)
+            self._child = None
+
+    def _ask(self, what: str, header: dict[str, Any], blobs: Sequence[Any]) -> tuple[dict[str, Any], list[bytes]]:
+        child = self._start()
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            send(child.stdin, header, blobs)
+            with selectors.DefaultSelector() as selector:
+                selector.register(child.stdout, selectors.EVENT_READ)
+                if not selector.select(self.seconds):
+                    self.close()
+                    raise KernelError(f"{what} is still running after {self.seconds:g} s")
+            return receive(child.stdout)
+        except (EOFError, OSError):
+            code = child.wait()
+            self._child = None
+            raise KernelError(f"the OpenCL driver crashed in {what} (exit status {code})") from None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._child is None:
+            command = [sys.executable, "-m", "awq_compile.verify.executors.opencl_worker"]
+            pipe = subprocess.PIPE
+            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=driver_environment())
+            weakref.finalize(self, _end, self._child)
+            answer, _ = self._ask("the search for devices", {"do": "open", "prefer": self.prefer}, [])
+            if "error" in answer:
+                self.close()
+                raise EnvironmentMissingError(f"OpenCL is not usable here: {answer['error']}", hint=_HINT)
+            self.device = answer["device"]
+        return self._child
+
+
+def split_kernels(text: str) -> dict[str, str]:
+    """TVM writes one translation unit per kernel, each behind a comment with its name: kernel → its unit."""
+    parts = text.split(_MARKER)[1:]
+    return {name.strip(): body for name, _, body in (part.partition("\n") for part in parts)}
+
+
+def driver_environment() -> dict[str, str]:
+    """The environment in which the ICD loader finds the system's drivers and, where installed, Intel's from PyPI."""
+    environment = settings.environment()
+    given = environment.get("OCL_ICD_VENDORS")
+    folders = [Path(given)] if given else [_VENDORS]
+    drivers = {p.name: p.read_text(encoding="utf-8") for f in folders if f.is_dir() for p in sorted(f.glob("*.icd"))}
+    if (intel := _intel_runtime()) is not None:
+        drivers = {n: t for n, t in drivers.items() if "libintelocl" not in t}  # the package's own names a wrong path
+        drivers["intel-pypi.icd"] = f"{intel}\n"
+        before = environment.get("LD_LIBRARY_PATH")
+        environment["LD_LIBRARY_PATH"] = f"{intel.parent}:{before}" if before else str(intel.parent)
+    if drivers:
+        key = hashlib.sha256(repr(sorted(drivers.items())).encode()).hexdigest()[:16]
+        folder = settings.cache_dir() / "opencl" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in drivers.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        environment["OCL_ICD_VENDORS"] = str(folder)
+    return environment
+
+
+def _intel_runtime() -> Path | None:
+    """libintelocl.so of the PyPI package `intel-opencl-rt`; None where it is not installed."""
+    try:
+        files = distribution("intel-opencl-rt").files or []
+    except PackageNotFoundError:
+        return None
+    paths = [Path(str(f.locate())).resolve() for f in files if f.name == "libintelocl.so"]
+    return next((p.parent / "libintelocl.so" for p in paths if p.is_file()), None)
+
+
+def missing() -> str | None:
+    """Why OpenCL cannot run here; None when it can."""
+    executor = OpenCLExecutor(prefer="cpu", seconds=60.0)
+    try:
+        executor._start()
+    except (EnvironmentMissingError, KernelError) as error:
+        return str(error)
+    finally:
+        executor.close()
+    return None
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        with contextlib.suppress(OSError):
+            if pipe is not None:
+                pipe.close()

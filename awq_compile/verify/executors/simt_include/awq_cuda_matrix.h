@@ -1,0 +1,180 @@
+// Tensor cores: nvcuda::wmma, and the device functions that hold our inline PTX. The lanes of a warp leave
+// their registers for each other, and each computes the elements it owns.
+//
+// Register layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "ldmatrix". With g = lane / 4, t = lane % 4:
+//   A (16, 16) row-major: a[0] (g, 2t..), a[1] (g+8, 2t..), a[2] (g, 2t+8..), a[3] (g+8, 2t+8..)
+//   B (16, 8): b[0] (2t.., g), b[1] (2t+8.., g)         C (16, 8): c[0..1] (g, 2t..), c[2..3] (g+8, 2t..)
+#pragma once
+
+// ---- mma.sync ----
+template <int K, class T, class C, class A, class B>
+static inline void awq_mma(int line, C* c, const A* a_registers, const B* b_registers) {
+  constexpr int a_words = K / 4, b_words = K / 8;
+  struct Registers {
+    uint32_t a[a_words], b[b_words];
+  } mine;
+  memcpy(mine.a, a_registers, sizeof mine.a);
+  memcpy(mine.b, b_registers, sizeof mine.b);
+  awq_meet(line, 0xFFFFFFFFu, &mine, sizeof mine);
+  int g = (int)awq_lane() / 4, t = (int)awq_lane() % 4;
+  float sum[4] = {0, 0, 0, 0};
+  for (int k = 0; k < K; ++k) {
+    int word = k / 8, owner = k % 8 / 2, half_of = k % 2;
+    Registers rows = awq_from_lane<Registers>((unsigned)(g * 4 + owner));
+    T low[2], high[2];
+    memcpy(low, &rows.a[word * 2], 4);
+    memcpy(high, &rows.a[word * 2 + 1], 4);
+    for (int j = 0; j < 2; ++j) {
+      Registers columns = awq_from_lane<Registers>((unsigned)((2 * t + j) * 4 + owner));
+      T b[2];
+      memcpy(b, &columns.b[word], 4);
+      sum[j] += (float)low[half_of] * (float)b[half_of];
+      sum[2 + j] += (float)high[half_of] * (float)b[half_of];
+    }
+  }
+  for (int i = 0; i < 4; ++i) c[i] = (C)((float)c[i] + sum[i]);
+}
+#define awq_mma_m16n8k16_f16f32(c, a, b) awq_mma<16, half>(__LINE__, c, a, b)
+#define awq_mma_m16n8k8_f16f32(c, a, b) awq_mma<8, half>(__LINE__, c, a, b)
+
+// ---- ldmatrix: matrix i of 8 x 8 halves has its rows at the addresses of lanes 8i to 8i+7 ----
+template <int Count, bool Transposed, class D>
+static inline void awq_ldmatrix(int line, D* registers, const void* row) {
+  if ((uintptr_t)row % 16) __builtin_trap();
+  awq_meet(line, 0xFFFFFFFFu, &row, sizeof row);
+  unsigned lane = awq_lane();
+  for (unsigned i = 0; i < Count; ++i) {
+    half pair[2];
+    for (unsigned j = 0; j < 2; ++j) {
+      unsigned r = Transposed ? lane % 4 * 2 + j : lane / 4, c = Transposed ? lane / 4 : lane % 4 * 2 + j;
+      pair[j] = awq_from_lane<const half*>(8 * i + r)[c];
+    }
+    memcpy((char*)registers + 4 * i, pair, 4);
+  }
+  awq_meet(-line, 0xFFFFFFFFu, nullptr, 0);  // a lane may overwrite its row only after all have read it
+}
+#define awq_ldmatrix_x1(d, p) awq_ldmatrix<1, false>(__LINE__, d, p)
+#define awq_ldmatrix_x2(d, p) awq_ldmatrix<2, false>(__LINE__, d, p)
+#define awq_ldmatrix_x4(d, p) awq_ldmatrix<4, false>(__LINE__, d, p)
+#define awq_ldmatrix_x1_trans(d, p) awq_ldmatrix<1, true>(__LINE__, d, p)
+#define awq_ldmatrix_x2_trans(d, p) awq_ldmatrix<2, true>(__LINE__, d, p)
+#define awq_ldmatrix_x4_trans(d, p) awq_ldmatrix<4, true>(__LINE__, d, p)
+
+// ---- cp.async: nothing arrives before the wait ----
+#define AWQ_CP_ASYNC(bytes)                                                                     \
+  static inline void awq_cp_async_##bytes(void* to, const void* from) {                         \
+    if (((uintptr_t)to | (uintptr_t)from) % bytes) __builtin_trap();                            \
+    awq_async_copy_later(to, from, bytes);                                                      \
+  }                                                                                             \
+  static inline void awq_cp_async_##bytes##_if(void* to, const void* from, bool copy) {         \
+    awq_async_copy_later(to, copy ? from : nullptr, bytes);                                     \
+  }
+AWQ_CP_ASYNC(4)
+AWQ_CP_ASYNC(8)
+AWQ_CP_ASYNC(16)
+static inline void awq_cp_async_commit() { ++awq_current->async_group; }
+static inline void awq_cp_async_wait_all() { awq_cp_async_commit(), awq_async_wait(0); }
+static inline void awq_cp_async_wait_0() { awq_async_wait(0); }
+static inline void awq_cp_async_wait_1() { awq_async_wait(1); }
+static inline void awq_cp_async_wait_2() { awq_async_wait(2); }
+static inline void awq_cp_async_wait_3() { awq_async_wait(3); }
+
+// ---- wmma: the layout within a fragment is unspecified; here lane l owns elements l * n .. l * n + n - 1 ----
+namespace nvcuda {
+namespace wmma {
+struct matrix_a {};
+struct matrix_b {};
+struct accumulator {};
+struct row_major {};
+struct col_major {};
+enum layout_t { mem_row_major, mem_col_major };
+template <class Use, int M, int N, int K>
+struct awq_shape {
+  static constexpr int rows = M, columns = N;
+};
+template <int M, int N, int K>
+struct awq_shape<matrix_a, M, N, K> {
+  static constexpr int rows = M, columns = K;
+};
+template <int M, int N, int K>
+struct awq_shape<matrix_b, M, N, K> {
+  static constexpr int rows = K, columns = N;
+};
+template <class Layout>
+struct awq_is_column_major {
+  static constexpr bool value = false;
+};
+template <>
+struct awq_is_column_major<col_major> {
+  static constexpr bool value = true;
+};
+
+template <class Use, int M, int N, int K, class T, class Layout = void>
+struct fragment {
+  using shape = awq_shape<Use, M, N, K>;
+  static constexpr int num_elements = shape::rows * shape::columns / AWQ_WARP;
+  static constexpr bool column_major = awq_is_column_major<Layout>::value;
+  T x[num_elements];
+};
+
+template <class F, class T>
+static inline void awq_load(int line, F& f, const T* p, unsigned stride, bool column_major) {
+  awq_meet(line, 0xFFFFFFFFu, nullptr, 0);
+  for (int i = 0; i < F::num_elements; ++i) {
+    unsigned at = awq_lane() * F::num_elements + (unsigned)i, r = at / F::shape::columns, c = at % F::shape::columns;
+    f.x[i] = p[column_major ? c * stride + r : r * stride + c];
+  }
+  awq_meet(-line, 0xFFFFFFFFu, nullptr, 0);
+}
+template <class F, class T>
+static inline void load_matrix_at(int line, F& f, const T* p, unsigned stride) {
+  awq_load(line, f, p, stride, F::column_major);
+}
+template <class F, class T>
+static inline void load_matrix_at(int line, F& f, const T* p, unsigned stride, layout_t layout) {
+  awq_load(line, f, p, stride, layout == mem_col_major);
+}
+template <class T, class F>
+static inline void store_matrix_at(int line, T* p, const F& f, unsigned stride, layout_t layout) {
+  awq_meet(line, 0xFFFFFFFFu, nullptr, 0);
+  for (int i = 0; i < F::num_elements; ++i) {
+    unsigned at = awq_lane() * F::num_elements + (unsigned)i, r = at / F::shape::columns, c = at % F::shape::columns;
+    p[layout == mem_col_major ? c * stride + r : r * stride + c] = f.x[i];
+  }
+  awq_meet(-line, 0xFFFFFFFFu, nullptr, 0);
+}
+template <class F, class T>
+static inline void fill_fragment(F& f, T value) {
+  for (int i = 0; i < F::num_elements; ++i) f.x[i] = value;
+}
+template <int M, int N, int K, class T, class S, class LA, class LB>
+static inline void mma_at(int line, fragment<accumulator, M, N, K, T>& d, const fragment<matrix_a, M, N, K, S, LA>& a,
+                          const fragment<matrix_b, M, N, K, S, LB>& b, const fragment<accumulator, M, N, K, T>& c) {
+  using FA = fragment<matrix_a, M, N, K, S, LA>;
+  using FB = fragment<matrix_b, M, N, K, S, LB>;
+  struct Both {
+    S a[FA::num_elements], b[FB::num_elements];
+  } mine;
+  memcpy(mine.a, a.x, sizeof mine.a);
+  memcpy(mine.b, b.x, sizeof mine.b);
+  awq_meet(line, 0xFFFFFFFFu, &mine, sizeof mine);
+  auto slot = [](int lane) {
+    awq_fiber& peer = awq_fibers[awq_current->linear / AWQ_WARP * AWQ_WARP + (unsigned)lane];
+    return (const Both*)peer.slot[peer.released];
+  };
+  for (int i = 0; i < d.num_elements; ++i) {
+    int at = (int)awq_lane() * d.num_elements + i, row = at / N, column = at % N;
+    float sum = (float)c.x[i];
+    for (int k = 0; k < K; ++k) {
+      int in_a = row * K + k, in_b = k * N + column;
+      sum += (float)slot(in_a / FA::num_elements)->a[in_a % FA::num_elements] *
+             (float)slot(in_b / FB::num_elements)->b[in_b % FB::num_elements];
+    }
+    d.x[i] = (T)sum;
+  }
+}
+}  // namespace wmma
+}  // namespace nvcuda
+#define load_matrix_sync(...) load_matrix_at(__LINE__, __VA_ARGS__)
+#define store_matrix_sync(...) store_matrix_at(__LINE__, __VA_ARGS__)
+#define mma_sync(...) mma_at(__LINE__, __VA_ARGS__)

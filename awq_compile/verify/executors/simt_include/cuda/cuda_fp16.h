@@ -1,0 +1,1 @@
+#include "../awq_cuda.h"  // the shim has it all
