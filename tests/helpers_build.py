@@ -1,7 +1,4 @@
-"""Builds the floating-point decoder for this machine's CPU, and drives it: what its tests need.
-
-The pass list is a recommendation for `compiler.py`, which replaces it.
-"""
+"""Builds the floating-point decoder for this machine's CPU, and drives it: what its tests need."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import tvm
 from tvm import relax
 from tvm_ffi import Shape
 
+from awq_compile.compiler import lower_passes, vm_passes
 from awq_compile.formats import QuantScheme
 from awq_compile.models.config import ModelConfig, read_config
 from awq_compile.models.decoder import DecoderSizes, export_decoder
@@ -29,42 +27,11 @@ def cpu_target() -> Any:
     return tvm.target.Target({"kind": "llvm", "mcpu": str(features)})
 
 
-def lower_passes() -> list[Any]:
-    """From operators to fused, unscheduled PrimFuncs. Quantising passes come before, schedules after."""
-    t = relax.transform
-    return [
-        t.LegalizeOps(),
-        t.AnnotateTIROpPattern(),
-        t.FoldConstant(),
-        t.FuseOps(),
-        t.FuseTIR(),
-        t.DeadCodeElimination(),
-    ]
-
-
-def vm_passes() -> list[Any]:
-    """From fused PrimFuncs to VM code."""
-    t = relax.transform
-    return [
-        t.RewriteDataflowReshape(),
-        t.ToNonDataflow(),
-        t.RemovePurityChecking(),
-        t.CallTIRRewrite(),
-        t.StaticPlanBlockMemory(),
-        t.LowerAllocTensor(),
-        t.KillAfterLastUse(),
-        t.LowerRuntimeBuiltin(),
-        t.ComputePrimValue(),
-        t.VMShapeLower(),
-        t.AttachGlobalSymbol(),
-    ]
-
-
-def build(module: Any, target: Any | None = None, before: Sequence[Any] = ()) -> Any:
-    """A VM executable; `before` are passes on the exported graph."""
-    target = target or cpu_target()
+def build(module: Any) -> Any:
+    """A VM executable, by the compiler's passes without the quantising ones."""
+    target = cpu_target()
     with target:
-        module = tvm.transform.Sequential([*before, *lower_passes(), *vm_passes()])(module)
+        module = tvm.transform.Sequential([*lower_passes(), *vm_passes()])(module)
         return relax.build(module, target=target, relax_pipeline=None)
 
 
@@ -90,7 +57,7 @@ class Float:
 
     def __init__(self, config: ModelConfig, state: dict[str, Any], sizes: DecoderSizes) -> None:
         module, _ = export_decoder(config, sizes, "float32")
-        executable = build(module, before=[relax.transform.BundleModelParams("params")])
+        executable = build(module)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
         self.params = float_params(config, state)
         shape = (sizes.max_batch_size, sizes.context_window_size, sizes.prefill_chunk_size, sizes.page_size, 0)

@@ -77,7 +77,7 @@ def write_float_dist(folder: Path, config: ModelConfig, state: dict[str, Any], s
     module, _ = export_decoder(config, sizes, "float32")
     add_metadata(module, _metadata(config, sizes, described))
     library = "lib/tiny-cpu.so"
-    executable = build(module, before=[relax.transform.BundleModelParams("params")])
+    executable = build(module)
     executable.export_library(str(folder / library), fcompile=link)
 
     shards = []

@@ -92,9 +92,7 @@ def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target
     def attention(function: Any, name: str) -> Any:
         return relax.Tuple([ir.StringImm("tirx"), kernel(function, name)])
 
-    # Sliding windows and token trees (speculative decoding) are rare: TVM's scalar kernels serve them.
-    sliding_prefill = t._attention_prefill_cpu(kv_heads, heads, dim, dtype, True, scaling, sliding_window_size=1024)
-    sliding_decode = t._attention_decode_cpu(kv_heads, heads, dim, dtype, True, scaling)
+    # Token trees (speculative decoding) are rare: TVM's scalar kernels serve them.
     paged_tree = t.tree_attn_with_paged_kv_cache_cpu(kv_heads, heads, dim, dtype, scaling)
     arguments = [
         relax.ShapeExpr(shape),
@@ -112,8 +110,8 @@ def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target
         attention(cpu_attention.ragged_prefill(sizes), "attention_ragged_prefill"),
         attention(cpu_attention.paged_prefill(sizes), "attention_paged_prefill"),
         attention(cpu_attention.paged_decode(sizes), "attention_paged_decode"),
-        attention(sliding_prefill, "attention_paged_prefill_sliding_window"),
-        attention(sliding_decode, "attention_paged_decode_sliding_window"),
+        relax.Tuple([]),  # no sliding windows: `config.py` caps the context instead
+        relax.Tuple([]),
         # The runtime takes the paged one first; TVM's own CPU cache passes these two the other way round.
         attention(paged_tree, "attention_paged_tree"),
         attention(t.tree_attn_cpu(kv_heads, heads, dim, dtype, scaling), "attention_ragged_tree"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,18 @@ def test_parameters_are_those_of_the_table(pair: Pair) -> None:
         weights = function.params[function.attrs["num_input"] :]
         assert [weight.name for weight in weights] == names
         assert [tuple(map(int, weight.ty.shape)) for weight in weights] == [p.shape for p in expected]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "opencl", "vulkan", "metal"])
+def test_gpu_export_computes_in_float16_and_returns_float32(tmp_path: Path, kind: str) -> None:
+    """The same decoder exports for GPUs: hidden states in float16, logits in float32."""
+    config = save_hf_config(transformers.Qwen3Config(**SMALL, **FAMILIES["qwen3"][1]), tmp_path, "Qwen3ForCausalLM")
+    target = tvm.target.Target({"kind": kind, "arch": "sm_90"} if kind == "cuda" else kind)
+    module, _ = export_decoder(config, SIZES, "float16", target)
+    for name in ("prefill", "decode", "batch_prefill", "batch_decode", "batch_verify"):
+        assert module[name].ty.ret.fields[0].dtype == "float32"
+        assert module[f"{name}_to_last_hidden_states"].ty.ret.fields[0].dtype == "float16"
+    assert module["get_logits"].ty.ret.dtype == "float32"
 
 
 def test_prefill_and_decode(pair: Pair) -> None:

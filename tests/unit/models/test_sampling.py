@@ -26,6 +26,7 @@ class _Softmax(nn.Module):  # type: ignore[misc]
 def vm() -> Any:
     arguments = {"logits": nn.spec.Tensor(["b", 1, V], "float32"), "temperature": nn.spec.Tensor(["b"], "float32")}
     module, _ = _Softmax().export_tvm({"softmax_with_temperature": {**arguments, "$": {"param_mode": "none"}}})
+    module["softmax_with_temperature"] = module["softmax_with_temperature"].without_attr("num_input")
     for name, kernel in inplace_kernels(V, H, "float32").items():
         module[name] = kernel
     return relax.VirtualMachine(build(module), tvm.cpu())
