@@ -12,6 +12,7 @@ from typing import Final
 from awq_compile.errors import CompileError
 
 LANES: Final = (1, 2, 4, 8, 16)
+UNITS: Final = (8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,77 @@ class GemmSchedule:
 
 
 @dataclass(frozen=True)
+class SimtGemvSchedule:
+    """For `kernels.simt_gemv`: a block of (k_threads, row_groups) threads, powers of two.
+
+    `rows`: rows of W per thread (even: `silu_mul` pairs them); `unit`: weights of a row that a thread
+    decodes at a time; `batch`: rows of x computed together; `subgroup`: threads that can shuffle, 0 to
+    reduce through shared memory; `magic`: integers become floats by bits instead of a conversion.
+    """
+
+    k_threads: int
+    row_groups: int
+    rows: int
+    unit: int
+    batch: int = 1
+    subgroup: int = 0
+    magic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k_threads & (self.k_threads - 1) or self.rows % 2 or self.unit not in UNITS or self.batch < 1:
+            raise CompileError(f"illegal {self}: k_threads a power of two, even rows, unit one of {UNITS}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.k_threads * self.row_groups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the reduction."""
+        by_shuffles = self.k_threads == 1 or (self.subgroup and self.subgroup % self.k_threads == 0)
+        return 0 if by_shuffles else self.threads * self.rows * self.batch * 4
+
+
+@dataclass(frozen=True)
+class SimtGemmSchedule:
+    """For `kernels.simt_gemm`: block and thread tiles; `shared` is the type of the tiles in shared memory."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    thread_m: int
+    thread_n: int
+    unit: int
+    shared: str = "float16"
+    magic: bool = False
+
+    def __post_init__(self) -> None:
+        whole = (
+            self.block_m % self.thread_m == 0 and self.block_n % self.thread_n == 0 and self.block_k % self.unit == 0
+        )
+        if not whole or self.thread_n % 2 or self.unit not in UNITS or self.block_k % 4:
+            raise CompileError(f"illegal {self}: whole tiles, an even thread_n, unit one of {UNITS}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.block_m // self.thread_m * (self.block_n // self.thread_n)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of both tiles."""
+        return self.block_k * (self.block_m + self.block_n) * (2 if self.shared == "float16" else 4)
+
+
+FewRows = GemvSchedule | SimtGemvSchedule
+ManyRows = GemmSchedule | SimtGemmSchedule
+
+
+@dataclass(frozen=True)
 class LinearSchedule:
     """One schedule for each bucket of rows M: 1, 2 to 8, more."""
 
-    gemv: GemvSchedule
-    small: GemvSchedule
-    gemm: GemmSchedule
+    gemv: FewRows
+    small: FewRows
+    gemm: ManyRows

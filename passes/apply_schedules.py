@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from awq_compile.kernels.build import simd_linear
+from awq_compile.kernels.build import scheduled_linear
 from awq_compile.kernels.linear import TAG, decode_problem
 from awq_compile.passes.base import RelaxPass, copy
 from awq_compile.problem import MatmulProblem
@@ -33,5 +33,5 @@ class ApplySchedules(RelaxPass):
         for var, function in module.functions.items():
             if function.attrs and TAG in function.attrs:
                 problem = decode_problem(str(function.attrs[TAG]))
-                result[var] = simd_linear(problem, self.choose(problem))
+                result[var] = scheduled_linear(problem, self.choose(problem))
         return result

@@ -6,21 +6,37 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.kernels.linear import linear_function
+from awq_compile.kernels.linear import LinearArgs, linear_function
 from awq_compile.kernels.simd_gemm import emit_gemm
 from awq_compile.kernels.simd_gemv import emit_gemv
+from awq_compile.kernels.simt_gemm import emit_simt_gemm
+from awq_compile.kernels.simt_gemv import emit_simt_gemv
 from awq_compile.problem import SMALL_ROWS, MatmulProblem
-from awq_compile.schedules import LinearSchedule
+from awq_compile.schedules import FewRows, GemmSchedule, GemvSchedule, LinearSchedule, ManyRows
 
 
-def simd_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
-    """The quantised linear for machines with vector registers: one function, three kernels."""
+def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
+    """The quantised linear: one function, three kernels, each by the template of its schedule."""
     with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args), T.If(args.m == 1):
         with T.Then():
-            emit_gemv(args, schedule.gemv, 1)
+            _few_rows(args, schedule.gemv, 1)
         with T.Else(), T.If(args.m <= SMALL_ROWS):
             with T.Then():
-                emit_gemv(args, schedule.small, SMALL_ROWS)
+                _few_rows(args, schedule.small, SMALL_ROWS)
             with T.Else():
-                emit_gemm(args, schedule.gemm)
+                _many_rows(args, schedule.gemm)
     return builder.get()
+
+
+def _few_rows(args: LinearArgs, schedule: FewRows, max_rows: int) -> None:
+    if isinstance(schedule, GemvSchedule):
+        emit_gemv(args, schedule, max_rows)
+    else:
+        emit_simt_gemv(args, schedule, max_rows)
+
+
+def _many_rows(args: LinearArgs, schedule: ManyRows) -> None:
+    if isinstance(schedule, GemmSchedule):
+        emit_gemm(args, schedule)
+    else:
+        emit_simt_gemm(args, schedule)

@@ -55,6 +55,11 @@ class LinearArgs:
     y: Buffer
 
     @property
+    def m32(self) -> Expr:
+        """M as the 32-bit integer with which GPUs compute indices."""
+        return tirx.Cast("int32", self.m)
+
+    @property
     def codes(self) -> str:
         """Name of the array of packed words, or of float16 weights."""
         return next(iter(self.weight))

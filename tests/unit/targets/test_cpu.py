@@ -14,7 +14,7 @@ import tvm
 from awq_compile.compiler import export_executable
 from awq_compile.errors import UsageError
 from awq_compile.formats import QuantSpec
-from awq_compile.kernels.build import simd_linear
+from awq_compile.kernels.build import scheduled_linear
 from awq_compile.problem import Epilogue, MatmulProblem
 from awq_compile.targets import known_targets, resolve_target
 from awq_compile.targets.cpu import AVX2, AVX512, NEON, RV64GC, CpuTarget
@@ -24,7 +24,7 @@ PROBLEM = MatmulProblem(64, 256, QuantSpec(4, 32), Epilogue(activation="silu_mul
 
 def built(target: Any) -> Any:
     """One quantised linear, compiled for a target."""
-    function = simd_linear(PROBLEM, target.rule(PROBLEM)).with_attr("global_symbol", PROBLEM.name)
+    function = scheduled_linear(PROBLEM, target.rule(PROBLEM)).with_attr("global_symbol", PROBLEM.name)
     return tvm.compile(tvm.IRModule({PROBLEM.name: function}), target=tvm.target.Target(target.tvm_target))
 
 
