@@ -15,11 +15,10 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import tvm
-from tvm_ffi import Shape
 
 from awq_compile.errors import ArtifactError, UsageError
 from awq_compile.manifest import CHAT_CONFIG, Dist, file_sha256, open_dist
+from awq_compile.runtime.lean_tvm import Shape, tvm
 from awq_compile.runtime.memory import peak_memory_bytes
 from awq_compile.runtime.threads import use_threads
 

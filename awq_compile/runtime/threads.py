@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 
-import tvm
-
+from awq_compile.runtime.lean_tvm import tvm
 from awq_compile.settings import num_threads
 
 _SHARE_ALL_CORES = -3  # TVM's ThreadGroup::kSpecifyThreadShareAllCore
