@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,15 @@ def own_module(dotted: str) -> str | None:
 def test_the_walk_sees_the_linked_packages() -> None:
     """The modules under passes/ and targets/ are among those checked."""
     assert {"passes", "targets.base", "cli.main", "formats"} <= MODULES.keys()
+
+
+def test_every_package_is_installed() -> None:
+    """pyproject.toml lists each folder that holds modules: a wheel without one would fail at the user's."""
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    packages = {f"awq_compile.{name}" for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert packages | {"awq_compile"} == set(listed)
 
 
 @pytest.mark.parametrize("module", MODULES)
