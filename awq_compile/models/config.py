@@ -26,7 +26,8 @@ class JsonFile:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(
-                f"{path} does not exist", hint="give a Hugging Face model directory: config.json, *.safetensors, tokenizer.json"
+                f"{path} does not exist",
+                hint="give a Hugging Face directory: config.json, *.safetensors, tokenizer.json",
             ) from None
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ModelError(f"{path} is not JSON: {error}") from None
@@ -126,7 +127,9 @@ def _rope(file: JsonFile) -> tuple[float, Llama3Rope | None]:
     numbers = [file.get(key, float, within=scaling) for key in ("factor", "low_freq_factor", "high_freq_factor")]
     original = file.get("original_max_position_embeddings", int, within=scaling)
     if min(numbers) <= 0 or original <= 0 or numbers[2] <= numbers[1]:
-        raise ModelError(f"{file.path}: rope scaling {scaling} needs positive values and high_freq_factor > low_freq_factor")
+        raise ModelError(
+            f"{file.path}: rope scaling {scaling} needs positive values and high_freq_factor > low_freq_factor"
+        )
     return theta, Llama3Rope(numbers[0], numbers[1], numbers[2], original)
 
 
@@ -175,7 +178,9 @@ def read_config(model_dir: Path) -> ModelConfig:
     hidden, heads = file.positive("hidden_size"), file.positive("num_attention_heads", most=4096)
     kv_heads = file.positive("num_key_value_heads", heads, most=4096)
     if heads % kv_heads:
-        raise ModelError(f"{file.path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise ModelError(
+            f"{file.path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     head_dim = file.positive("head_dim", hidden // heads, most=4096)
     if head_dim % 2:
         raise ModelError(f"{file.path}: head_dim {head_dim} is odd, and rotary embedding needs an even one")

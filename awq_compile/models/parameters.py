@@ -66,5 +66,3 @@ def model_parameters(config: ModelConfig, scheme: QuantScheme) -> list[Parameter
     if not c.tie_word_embeddings:
         add("lm_head.weight", (c.vocab_size, c.hidden_size), ("lm_head.weight",), scheme.head)
     return found
-
-
