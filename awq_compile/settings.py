@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder for what can be made again: `$AWQ_COMPILE_CACHE`, else `awq-compile` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Where to keep what can be made again: `$AWQ_COMPILE_CACHE`, `$XDG_CACHE_HOME/awq-compile` or `~/.cache/awq-compile`."""
     if own := os.environ.get("AWQ_COMPILE_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
