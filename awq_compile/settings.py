@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Where to keep what can be made again: `$AWQ_COMPILE_CACHE`, `$XDG_CACHE_HOME/awq-compile` or `~/.cache/awq-compile`."""
+    """For what can be made again: `$AWQ_COMPILE_CACHE`, `$XDG_CACHE_HOME/awq-compile` or `~/.cache/awq-compile`."""
     if own := os.environ.get("AWQ_COMPILE_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
