@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 import tempfile
 import time
@@ -85,7 +86,7 @@ def quantize_passes(context: CompileContext) -> list[Any]:
     from awq_compile.passes.verify_quantized import VerifyQuantized
 
     passes = (
-        QuantizeLinears(context.plan),
+        QuantizeLinears(context.plan, context.target.block_threads),
         FuseEpilogue(),
         ApplySchedules(context.choose),
         VerifyQuantized(context.plan),  # before lowering, while names still say what they are
@@ -106,6 +107,20 @@ def lower_passes() -> list[Any]:
         t.FuseTIR(),
         t.DeadCodeElimination(),
     ]
+
+
+def device_passes() -> list[Any]:
+    """Threads for every PrimFunc that has no schedule yet, by TVM's rules for GPUs."""
+    from tvm.s_tir import dlight
+
+    rules = (
+        dlight.gpu.Matmul(),
+        dlight.gpu.GEMV(),
+        dlight.gpu.Reduction(),
+        dlight.gpu.GeneralReduction(),
+        dlight.gpu.Fallback(),
+    )
+    return [dlight.ApplyDefaultSchedule(*rules)]
 
 
 def vm_passes() -> list[Any]:
@@ -152,15 +167,21 @@ def compile_library(
     tvm_target = tvm.target.Target(target.tvm_target)
     module, _ = export_decoder(config, sizes, target.dtype, tvm_target)
     instruments = [_dump_instrument(dump)] if dump is not None else []
-    with tvm_target, tvm.transform.PassContext(opt_level=3, instruments=instruments):
-        module = _with_bounds(module, options)
-        module = tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(module)
+    lowering = [*quantize_passes(context), *lower_passes(), *(device_passes() if target.has_device_code else [])]
+    # Common subexpressions are left to the compilers behind: TVM's pass doubles every line it finds.
+    options_of_tvm = {"tirx.disable_cse_tir": True}
+    with tvm_target, tvm.transform.PassContext(opt_level=3, instruments=instruments, config=options_of_tvm):
+        # Schedules are applied to a module of our own: TVM's rules change the one they are given.
+        module = tvm.transform.Sequential(lowering)(_with_bounds(module, options))
         planned = tvm.transform.Sequential(vm_passes()[:5])(module)
         memory = _memory_usage(planned)
         planned["_metadata"] = _metadata_function(context, memory)
         final = tvm.transform.Sequential(vm_passes()[5:])(planned)
-        executable = relax.build(final, target=tvm_target, relax_pipeline=None)
-    export_executable(executable, target, out)
+        if target.system_lib:
+            final = final.with_attr("system_lib_prefix", system_lib_prefix(out))
+        with target.building():
+            executable = relax.build(final, target=tvm_target, relax_pipeline=None, system_lib=target.system_lib)
+            export_executable(executable, target, out)
     return CompileReport(
         target=target.name,
         parameters=_arrays(parameters),
@@ -169,6 +190,11 @@ def compile_library(
         seconds=time.monotonic() - start,
         library_bytes=out.stat().st_size,
     )
+
+
+def system_lib_prefix(library: Path) -> str:
+    """Prefix of the symbols of a static library: its file name as an identifier. MLC calls it `model_lib`."""
+    return re.sub(r"\W", "_", library.stem) + "_"
 
 
 def _arrays(parameters: tuple[Parameter, ...]) -> list[tuple[str, tuple[int, ...], str]]:

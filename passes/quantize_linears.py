@@ -49,11 +49,14 @@ Expr = Any
 class QuantizeLinears(RelaxPass):
     """`plan`: parameter name → format of its packed arrays. Every planned parameter must be rewritten.
 
+    `threads`: size of a block for the embedding's kernel on a GPU, 0 on a CPU.
+
     A planned parameter that anything but a matmul (as its second operand) or a take of rows reads is an
     error that names the parameter and the reader.
     """
 
     plan: Mapping[str, WeightSpec]
+    threads: int = 0
 
     def run(self, module: Any) -> Any:
         """See the module docstring."""
@@ -61,7 +64,7 @@ class QuantizeLinears(RelaxPass):
         found: set[str] = set()
         for var, function in relax_functions(module):
             if function.attrs and "num_input" in function.attrs:
-                rewriter = _FunctionRewriter(self.plan, result, function, str(var.name_hint))
+                rewriter = _FunctionRewriter(self, result, function, str(var.name_hint))
                 result[var] = rewriter.rewritten()
                 found |= rewriter.rewrote
         if missing := sorted(set(self.plan) - found):
@@ -72,8 +75,9 @@ class QuantizeLinears(RelaxPass):
 class _FunctionRewriter:
     """One Relax function: its parameters after `num_input` are weights."""
 
-    def __init__(self, plan: Mapping[str, WeightSpec], module: Any, function: Any, name: str) -> None:
-        self.plan, self.module, self.function, self.name = plan, module, function, name
+    def __init__(self, options: QuantizeLinears, module: Any, function: Any, name: str) -> None:
+        self.options, self.module, self.function, self.name = options, module, function, name
+        plan = options.plan
         self.inputs = int(function.attrs["num_input"])
         self.planned = {p: plan[p.name] for p in function.params[self.inputs :] if p.name in plan}
         self.transposed = {
@@ -159,7 +163,7 @@ class _FunctionRewriter:
 
     def _take(self, var: Any, ids: Expr, weight: Any) -> list[Any]:
         vocab, hidden = self._rows_and_columns(weight)
-        function = embedding_take(self.planned[weight], vocab, hidden, str(var.ty.dtype))
+        function = embedding_take(self.planned[weight], vocab, hidden, str(var.ty.dtype), self.options.threads)
         kernel = add_prim_func(self.module, function, f"embedding_{self.planned[weight].name}_v{vocab}_h{hidden}")
         return [relax.VarBinding(var, relax.call_tir(kernel, [ids, *self.packed[weight]], var.ty))]
 

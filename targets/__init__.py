@@ -8,19 +8,34 @@ if __name__ != "awq_compile.targets":
 from awq_compile.errors import UsageError
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cpu import cpu_target
+from awq_compile.targets.cuda import cuda_target
+from awq_compile.targets.metal import metal_target
+from awq_compile.targets.opencl import android_target, opencl_target
+from awq_compile.targets.vulkan.target import vulkan_target
 
-_PRESETS = {"cpu": cpu_target}
-_EXAMPLES = ("cpu", "cpu:x86_64-linux-gnu", "cpu:aarch64-linux-gnu", "cpu:arm64-apple-macos", "cpu:x86_64-windows-gnu")
+_GPUS = {
+    "cuda": cuda_target,
+    "vulkan": vulkan_target,
+    "metal": metal_target,
+    "android": android_target,
+    "opencl": opencl_target,
+}
+_CPUS = ("cpu", "cpu:x86_64-linux-gnu", "cpu:aarch64-linux-gnu", "cpu:arm64-apple-macos", "cpu:x86_64-windows-gnu")
+_EXAMPLES = (*_CPUS, "cuda:sm_80", "cuda:sm_90", "vulkan", "metal", "metal:ios", "android:adreno", "android:mali")
 
 
 def resolve_target(name: str) -> TargetSpec:
     """The target that the user calls `name`: a preset, with what its own module says after a colon."""
     preset, _, argument = name.partition(":")
-    if preset not in _PRESETS:
-        near = difflib.get_close_matches(name, [*_PRESETS, *_EXAMPLES], n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known targets: {', '.join(_PRESETS)}"
-        raise UsageError(f"unknown target {name!r}", hint=hint)
-    return _PRESETS[preset](argument)
+    if preset == "cpu":
+        return cpu_target(argument)
+    words, _, host = name.partition("@")
+    preset, _, argument = words.partition(":")
+    if preset in _GPUS:
+        return _GPUS[preset](argument, host)
+    near = difflib.get_close_matches(name, ["cpu", *_GPUS, *_EXAMPLES], n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known targets: cpu, {', '.join(_GPUS)}"
+    raise UsageError(f"unknown target {name!r}", hint=hint)
 
 
 def known_targets() -> tuple[str, ...]:

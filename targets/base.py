@@ -1,13 +1,15 @@
-"""`TargetSpec`: one page of data about a device."""
+"""`TargetSpec`: one page of data about a device, and what building for it takes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import LinearSchedule
+from awq_compile.targets.link import link_shared
 
 
 @dataclass(frozen=True)
@@ -15,15 +17,18 @@ class TargetSpec(ABC):
     """What the compiler knows of a target.
 
     `name` is what the user types (`cpu`, `cpu:aarch64-linux-gnu`); `tvm_target` the argument of
-    `tvm.target.Target`; `dtype` that of activations and KV cache; `library_suffix` is `.so`, `.dylib`,
-    `.dll`, or `.tar` for objects that the user links; `default_scheme` is taken without `--scheme`.
+    `tvm.target.Target`, `host` the LLVM triple of the host code; `dtype` that of activations and KV cache;
+    `library_suffix` is `.so`, `.dylib`, `.dll`, or `.tar` for objects that the user links, with the symbol
+    prefix of a system library where `system_lib` is set; `default_scheme` is taken without `--scheme`.
     `machine` names the limits that schedules depend on: targets with the same `machine` share records.
     """
 
     name: str
     tvm_target: dict[str, object]
+    host: str
     dtype: str
     library_suffix: str
+    system_lib: bool
     default_scheme: str
     machine: str
     runs_here: bool
@@ -32,6 +37,20 @@ class TargetSpec(ABC):
     def rule(self, problem: MatmulProblem) -> LinearSchedule:
         """The untuned schedule of a problem."""
 
-    @abstractmethod
+    @property
+    def has_device_code(self) -> bool:
+        """Whether kernels run on a device of their own, with threads to bind."""
+        return self.tvm_target["kind"] != "llvm"
+
+    @property
+    def block_threads(self) -> int:
+        """Threads of a block for elementwise kernels; 0 where loops run on the host."""
+        return 0
+
+    def building(self) -> AbstractContextManager[object]:
+        """Within this, TVM builds and exports for the target."""
+        return nullcontext()
+
     def link(self, output: Path, objects: list[Path]) -> None:
         """Links object files into a library at `output`."""
+        link_shared(self.host, output, objects)

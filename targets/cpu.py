@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from awq_compile import settings
-from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
+from awq_compile.errors import UsageError
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import GemmSchedule, GemvSchedule, LinearSchedule
 from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.link import library_suffix
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,6 @@ GENERIC: Final = VectorUnit("generic", 4, 16, "", ())
 
 _DEFAULT_CPU: Final = {"x86_64": "x86-64-v3", "aarch64": "generic", "arm64": "apple-m1", "riscv64": "generic-rv64"}
 _UNIT: Final = {"x86_64": AVX2, "aarch64": NEON, "arm64": NEON, "riscv64": RV64GC}
-_LINKED: Final = {"linux": ".so", "macos": ".dylib", "darwin": ".dylib"}
 _TRIPLE: Final = re.compile(r"[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 
 
@@ -70,42 +67,10 @@ class CpuTarget(TargetSpec):
     """A CPU with one vector unit. The library computes in float32."""
 
     unit: VectorUnit = GENERIC
-    triple: str = ""
 
     def rule(self, problem: MatmulProblem) -> LinearSchedule:
         """See `VectorUnit.rule`."""
         return self.unit.rule(problem)
-
-    def link(self, output: Path, objects: list[Path]) -> None:
-        """`zig cc -shared` without any standard library: TVM's symbols and libm are those of the process."""
-        arch, system = zig_target(self.triple)
-        macos = ["-undefined", "dynamic_lookup", f"-Wl,-install_name,@rpath/{output.name}"]
-        command = [sys.executable, "-m", "ziglang", "cc", "-target", f"{arch}-{system}", "-shared", "-nostdlib", "-g0"]
-        command += [*(macos if system == "macos" else []), "-o", str(output), *map(str, objects)]
-        cache = settings.cache_dir() / "zig"
-        environment = {"ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, env={**settings.environment(), **environment}
-            )
-        except OSError as error:
-            raise EnvironmentMissingError(
-                f"the linker could not be started: {error}", hint="pip install ziglang"
-            ) from None
-        if done.returncode:
-            raise CompileError(
-                f"linking {output.name} failed: {done.stderr.strip()[-2000:]}", hint="pip install ziglang"
-            )
-
-
-def zig_target(triple: str) -> tuple[str, str]:
-    """(architecture, system) in zig's words: `aarch64-apple-macos` is aarch64, macos."""
-    parts = triple.split("-")
-    arch = "aarch64" if parts[0] == "arm64" else parts[0]
-    system = next((p for p in parts[1:] if p.startswith(("linux", "macos", "darwin"))), parts[-1])
-    if system.startswith("linux"):
-        return arch, "linux-musl" if any("musl" in p for p in parts) else "linux-gnu"
-    return arch, "macos" if system.startswith(("macos", "darwin")) else system
 
 
 def cpu_target(argument: str) -> CpuTarget:
@@ -158,15 +123,15 @@ def _make(name: str, triple: str, cpu: str, unit: VectorUnit, *, runs_here: bool
     if unit is AVX2 and runs_here:  # a hypervisor may hide what the processor's name implies
         mattr += ["-avx512f"]
     llvm: dict[str, object] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": mattr}
-    system = next((suffix for key, suffix in _LINKED.items() if key in triple), ".tar")
     return CpuTarget(
         name=name,
         tvm_target=llvm | ({"mabi": unit.abi} if unit.abi else {}),
+        host=triple,
         dtype="float32",
-        library_suffix=system,
+        library_suffix=library_suffix(triple),
+        system_lib=False,
         default_scheme="w4g128",
         machine=f"{unit.name}-l{unit.lanes}r{unit.registers}",
         runs_here=runs_here,
         unit=unit,
-        triple=triple,
     )

@@ -265,6 +265,7 @@ def export_decoder(
         if isinstance(function, relax.Function) and len(function.params) == function.attrs["num_input"]:
             # No weights: without the attribute, bundling them adds no empty tuple to the signature.
             module[var] = function.without_attr("num_input")
-    for name, kernel in inplace_kernels(config.vocab_size, config.hidden_size, dtype).items():
+    threads = 0 if decoder.target.kind.name == "llvm" else int(decoder.target.attrs["max_num_threads"])
+    for name, kernel in inplace_kernels(config.vocab_size, config.hidden_size, dtype, min(threads, 256)).items():
         module[name] = kernel
     return module, [name for name, _ in parameters]

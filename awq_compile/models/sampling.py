@@ -3,15 +3,20 @@
 `softmax_with_temperature` returns its result; everything else writes into an argument, so it is a
 PrimFunc of the library and no Relax function. Shapes: b sequences, V vocabulary, t tokens, q rows.
 """
-# mypy: disable-error-code="untyped-decorator, valid-type, name-defined"
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from tvm import te, tirx
 from tvm.relax.frontend.nn import Tensor, op
-from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from awq_compile.kernels.elementwise import every
 
 _LOWEST: Final = -3.4028234663852886e38  # the smallest float32: a masked logit
 
@@ -42,115 +47,101 @@ def softmax_with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     return op.tensor_expr_op(compute, "softmax_with_temperature", [logits, temperature])
 
 
-def _logit_kernels(vocab_size: int) -> dict[str, tirx.PrimFunc]:
-    """The three kernels that change logits (b, V) in place."""
-    words = (vocab_size + 31) // 32
+@dataclass(frozen=True)
+class _Kernel:
+    """A PrimFunc that does `element(i)` for every i below `count`: a loop, or a thread each where `threads` > 0."""
 
-    @T.prim_func(s_tir=True)
-    def apply_logit_bias_inplace(
-        var_logits: T.handle, var_pos2seq_id: T.handle, var_token_ids: T.handle, var_logit_bias: T.handle
-    ) -> None:
-        """logits[pos2seq_id[i], token_ids[i]] += logit_bias[i]"""
-        T.func_attr({"global_symbol": "apply_logit_bias_inplace", "tirx.noalias": True})
-        b, t = T.int32(), T.int32()
-        logits = T.match_buffer(var_logits, (b, vocab_size), "float32")
-        pos2seq_id = T.match_buffer(var_pos2seq_id, (t,), "int32")
-        token_ids = T.match_buffer(var_token_ids, (t,), "int32")
-        logit_bias = T.match_buffer(var_logit_bias, (t,), "float32")
-        for i in range(t):
-            with T.sblock("bias"):
-                v = T.axis.spatial(t, i)
-                logits[pos2seq_id[v], token_ids[v]] += logit_bias[v]
+    name: str
+    threads: int
 
-    @T.prim_func(s_tir=True)
-    def apply_penalty_inplace(
-        var_logits: T.handle,
-        var_seq_ids: T.handle,
-        var_pos2seq_id: T.handle,
-        var_token_ids: T.handle,
-        var_token_cnt: T.handle,
-        var_penalties: T.handle,
-    ) -> None:
-        """l -= presence + count * frequency; then l *= repetition where l < 0, else l /= repetition"""
-        T.func_attr({"global_symbol": "apply_penalty_inplace", "tirx.noalias": True})
-        b, q, t = T.int32(), T.int32(), T.int32()
-        logits = T.match_buffer(var_logits, (b, vocab_size), "float32")
-        seq_ids = T.match_buffer(var_seq_ids, (q,), "int32")
-        pos2seq_id = T.match_buffer(var_pos2seq_id, (t,), "int32")
-        token_ids = T.match_buffer(var_token_ids, (t,), "int32")
-        token_cnt = T.match_buffer(var_token_cnt, (t,), "int32")
-        penalties = T.match_buffer(var_penalties, (q, 3), "float32")
-        for i in range(t):
-            with T.sblock("penalty"):
-                v = T.axis.spatial(t, i)
-                logits[seq_ids[pos2seq_id[v]], token_ids[v]] -= (
-                    penalties[pos2seq_id[v], 0] + T.Cast("float32", token_cnt[v]) * penalties[pos2seq_id[v], 1]
-                )
-                logits[seq_ids[pos2seq_id[v]], token_ids[v]] = T.if_then_else(
-                    logits[seq_ids[pos2seq_id[v]], token_ids[v]] < T.float32(0),
-                    logits[seq_ids[pos2seq_id[v]], token_ids[v]] * penalties[pos2seq_id[v], 2],
-                    logits[seq_ids[pos2seq_id[v]], token_ids[v]] / penalties[pos2seq_id[v], 2],
-                )
+    @contextmanager
+    def over(self, arguments: dict[str, tuple[tuple[Any, ...], str]], count: Any) -> Iterator[tuple[Any, list[Any]]]:
+        """Opens the function; yields i and the buffers of `arguments`, name → (shape, dtype), in order."""
+        T.func_name(self.name)
+        T.func_attr({"global_symbol": self.name, "tirx.noalias": True, "tirx.is_scheduled": True})
+        buffers = [T.arg(name, T.buffer(shape, dtype)) for name, (shape, dtype) in arguments.items()]
+        with every(count, self.threads) as i:
+            yield i, buffers
 
-    @T.prim_func(s_tir=True)
-    def apply_bitmask_inplace(var_logits: T.handle, var_seq_ids: T.handle, var_bitmask: T.handle) -> None:
-        """In row seq_ids[i], a logit whose bit is clear becomes the smallest float32."""
-        T.func_attr({"global_symbol": "apply_bitmask_inplace", "tirx.noalias": True})
-        b, q = T.int32(), T.int32()
-        logits = T.match_buffer(var_logits, (b, vocab_size), "float32")
-        seq_ids = T.match_buffer(var_seq_ids, (q,), "int32")
-        bitmask = T.match_buffer(var_bitmask, (b, words), "int32")
-        for i, j in T.grid(q, vocab_size):
-            with T.sblock("mask"):
-                vi, vj = T.axis.remap("SS", [i, j])
-                logits[seq_ids[vi], vj] = T.if_then_else(
-                    (bitmask[seq_ids[vi], vj // 32] >> (vj % 32)) & 1 == 1,
-                    logits[seq_ids[vi], vj],
-                    T.float32(_LOWEST),
-                )
 
-    return {
-        "apply_logit_bias_inplace": apply_logit_bias_inplace,
-        "apply_penalty_inplace": apply_penalty_inplace,
-        "apply_bitmask_inplace": apply_bitmask_inplace,
+def _logit_bias(kernel: _Kernel, vocab_size: int) -> Any:
+    """logits[pos2seq_id[i], token_ids[i]] += bias[i]"""
+    b, t = tirx.Var("b", "int32"), tirx.Var("t", "int32")
+    ids = dict.fromkeys(("pos2seq_id", "token_ids"), ((t,), "int32"))
+    arguments = {"logits": ((b, vocab_size), "float32"), **ids, "logit_bias": ((t,), "float32")}
+    with IRBuilder() as builder, T.prim_func(), kernel.over(arguments, t) as (i, (logits, rows, tokens, bias)):
+        at = [rows[i], tokens[i]]
+        T.buffer_store(logits, logits[at[0], at[1]] + bias[i], at)
+    return builder.get()
+
+
+def _penalty(kernel: _Kernel, vocab_size: int) -> Any:
+    """l -= presence + count * frequency; then l *= repetition where l < 0, else l /= repetition"""
+    b, q, t = (tirx.Var(name, "int32") for name in "bqt")
+    ids = dict.fromkeys(("pos2seq_id", "token_ids", "token_cnt"), ((t,), "int32"))
+    arguments = {
+        "logits": ((b, vocab_size), "float32"),
+        "seq_ids": ((q,), "int32"),
+        **ids,
+        "penalties": ((q, 3), "float32"),
     }
+    with IRBuilder() as builder, T.prim_func(), kernel.over(arguments, t) as (i, buffers):
+        logits, rows, positions, tokens, counts, penalties = buffers
+        row = positions[i]
+        at = [rows[row], tokens[i]]
+        presence = penalties[row, 0] + tirx.Cast("float32", counts[i]) * penalties[row, 1]
+        T.buffer_store(logits, logits[at[0], at[1]] - presence, at)
+        value, repetition = logits[at[0], at[1]], penalties[row, 2]
+        T.buffer_store(logits, tirx.Select(value < 0.0, value * repetition, value / repetition), at)
+    return builder.get()
 
 
-def _row_kernels(what: str, width: int, dtype: str) -> dict[str, tirx.PrimFunc]:
-    """dst[i] = src[indices[i]] and dst[indices[i]] = src[i], on rows of `width` elements."""
-    gather_name, scatter_name = f"gather_{what}", f"scatter_{what}"
-
-    @T.prim_func(s_tir=True)
-    def gather(var_src: T.handle, var_indices: T.handle, var_dst: T.handle) -> None:
-        T.func_attr({"global_symbol": gather_name, "tirx.noalias": True})
-        m, b = T.int32(), T.int32()
-        src = T.match_buffer(var_src, (m, width), dtype)
-        indices = T.match_buffer(var_indices, (b,), "int32")
-        dst = T.match_buffer(var_dst, (b, width), dtype)
-        for i, j in T.grid(b, width):
-            with T.sblock("gather"):
-                vi, vj = T.axis.remap("SS", [i, j])
-                dst[vi, vj] = src[indices[vi], vj]
-
-    @T.prim_func(s_tir=True)
-    def scatter(var_src: T.handle, var_indices: T.handle, var_dst: T.handle) -> None:
-        T.func_attr({"global_symbol": scatter_name, "tirx.noalias": True})
-        m, b = T.int32(), T.int32()
-        src = T.match_buffer(var_src, (b, width), dtype)
-        indices = T.match_buffer(var_indices, (b,), "int32")
-        dst = T.match_buffer(var_dst, (m, width), dtype)
-        for i, j in T.grid(b, width):
-            with T.sblock("scatter"):
-                vi, vj = T.axis.remap("SS", [i, j])
-                dst[indices[vi], vj] = src[vi, vj]
-
-    return {gather_name: gather, scatter_name: scatter}
-
-
-def inplace_kernels(vocab_size: int, hidden_size: int, dtype: str) -> dict[str, Any]:
-    """Global symbol → PrimFunc, for every function of the library that writes into an argument."""
-    return {
-        **_logit_kernels(vocab_size),
-        **_row_kernels("probs", vocab_size, "float32"),
-        **_row_kernels("hidden_states", hidden_size, dtype),
+def _bitmask(kernel: _Kernel, vocab_size: int) -> Any:
+    """In row seq_ids[i], a logit whose bit is clear becomes the smallest float32."""
+    b, q = tirx.Var("b", "int32"), tirx.Var("q", "int32")
+    arguments = {
+        "logits": ((b, vocab_size), "float32"),
+        "seq_ids": ((q,), "int32"),
+        "bitmask": ((b, (vocab_size + 31) // 32), "int32"),
     }
+    with IRBuilder() as builder, T.prim_func(), kernel.over(arguments, q * vocab_size) as (i, buffers):
+        logits, rows, mask = buffers
+        row, token = rows[i // vocab_size], i % vocab_size
+        with T.If((mask[row, token // 32] >> (token % 32)) & 1 == 0), T.Then():
+            T.buffer_store(logits, tirx.const(_LOWEST, "float32"), [row, token])
+    return builder.get()
+
+
+def _move_rows(kernel: _Kernel, width: int, dtype: str, *, scatter: bool) -> Any:
+    """dst[i] = src[indices[i]], or dst[indices[i]] = src[i], on rows of `width` elements."""
+    m, b = tirx.Var("m", "int32"), tirx.Var("b", "int32")
+    source, target = (b, m) if scatter else (m, b)
+    arguments = {
+        "src": ((source, width), dtype),
+        "indices": ((b,), "int32"),
+        "dst": ((target, width), dtype),
+    }
+    with IRBuilder() as builder, T.prim_func(), kernel.over(arguments, b * width) as (i, (src, indices, dst)):
+        row, column = i // width, i % width
+        if scatter:
+            T.buffer_store(dst, src[row, column], [indices[row], column])
+        else:
+            T.buffer_store(dst, src[indices[row], column], [row, column])
+    return builder.get()
+
+
+def inplace_kernels(vocab_size: int, hidden_size: int, dtype: str, threads: int = 0) -> dict[str, Any]:
+    """Global symbol → PrimFunc, for every function of the library that writes into an argument.
+
+    `threads` is the size of a block on a GPU, 0 for loops on a CPU.
+    """
+    found = {
+        "apply_logit_bias_inplace": _logit_bias(_Kernel("apply_logit_bias_inplace", threads), vocab_size),
+        "apply_penalty_inplace": _penalty(_Kernel("apply_penalty_inplace", threads), vocab_size),
+        "apply_bitmask_inplace": _bitmask(_Kernel("apply_bitmask_inplace", threads), vocab_size),
+    }
+    for what, width, kind in (("probs", vocab_size, "float32"), ("hidden_states", hidden_size, dtype)):
+        for scatter, verb in ((False, "gather"), (True, "scatter")):
+            name = f"{verb}_{what}"
+            found[name] = _move_rows(_Kernel(name, threads), width, kind, scatter=scatter)
+    return found

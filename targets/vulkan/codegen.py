@@ -49,6 +49,7 @@ class VulkanSession:
 
     uses_own_generator: bool
     modules: dict[str, dict[str, Shader]] = field(default_factory=dict)  # digest → name → shader
+    error: CompileError | None = None  # TVM's call interface makes a RuntimeError of it
 
     @property
     def shaders(self) -> dict[str, Shader]:
@@ -80,6 +81,10 @@ def vulkan_codegen(*, replace: bool = False) -> Iterator[VulkanSession]:
         tvm_ffi.register_global_func(BUILD, _builder(session), override=True)
         tvm_ffi.register_global_func(PACK, _packer(session, pack), override=True)
         yield session
+    except RuntimeError:
+        if session.error is not None:
+            raise session.error from None
+        raise
     finally:
         _session = None
         tvm_ffi.register_global_func(PACK, pack, override=True)
@@ -98,7 +103,11 @@ def build_shaders(module: Any, target: Any) -> dict[str, Shader]:
 
 def _builder(session: VulkanSession) -> Callable[[Any, Any], Any]:
     def build(module: Any, target: Any) -> Any:
-        shaders = build_shaders(module, target)
+        try:
+            shaders = build_shaders(module, target)
+        except CompileError as error:
+            session.error = error
+            raise
         digest = _digest(shaders)
         session.modules.pop(digest, None)  # the last build is the last entry
         session.modules[digest] = shaders

@@ -225,7 +225,7 @@ FUNCTIONS: Final[dict[str, Function]] = {
 
 def math_function(name: str) -> Function | None:
     """By TVM's or C's name."""
-    bare = name.removeprefix("tirx.").removeprefix("__")
+    bare = name.rpartition(".")[2].removeprefix("__")
     return FUNCTIONS.get(bare) or FUNCTIONS.get(bare.removesuffix("f"))
 
 

@@ -1,0 +1,129 @@
+"""NVIDIA GPUs: CUDA C++ by TVM's generator, compiled by nvcc on PATH, else by NVRTC from PyPI.
+
+`cuda` is `cuda:sm_80`; `cuda:sm_90`, or several in one library, `cuda:sm_80+sm_90`. `@aarch64-linux-gnu` behind
+it gives a library for Jetson and Grace.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
+from awq_compile.schedules import SimtGemmSchedule
+from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
+from awq_compile.targets.link import library_suffix
+
+ARCHS: Final = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
+_LIMITS: Final = HardwareLimits(
+    max_threads=1024,
+    shared_bytes=48 << 10,  # static; more needs an opt-in at every launch
+    subgroup=32,
+    arguments=512,
+    source="NVIDIA CUDA C++ Programming Guide, 'Technical Specifications per Compute Capability', 7.5 to 12.0",
+)
+_TEMPLATES: Final = GpuTemplates(32, 4, 2, 32, 4, SimtGemmSchedule(64, 64, 32, 4, 4, 8, magic=True), magic=True)
+_CALLBACK: Final = "tvm_callback_cuda_compile"
+
+
+@dataclass(frozen=True)
+class CudaTarget(GpuTarget):
+    """`archs`: the compute capabilities that the library has code for."""
+
+    archs: tuple[str, ...] = ()
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """TVM's compile callback is ours within the block."""
+        import tvm_ffi
+
+        old = tvm_ffi.get_global_func(_CALLBACK, allow_missing=True)
+        tvm_ffi.register_global_func(_CALLBACK, self._compile, override=True)
+        try:
+            yield
+        finally:
+            if old is None:
+                tvm_ffi.remove_global_func(_CALLBACK)
+            else:
+                tvm_ffi.register_global_func(_CALLBACK, old, override=True)
+
+    def _compile(self, source: str, *_: Any) -> tuple[bytes, str]:
+        """(code, format) of CUDA C++ for all architectures."""
+        if shutil.which("nvcc"):
+            return nvcc(str(source), self.archs), "fatbin"
+        if len(self.archs) > 1:
+            raise EnvironmentMissingError(
+                f"{self.name}: code for several architectures needs nvcc on PATH", hint="install the CUDA toolkit"
+            )
+        return nvrtc(str(source), self.archs[0]), "cubin"
+
+
+def cuda_target(argument: str, host: str) -> CudaTarget:
+    """`cuda`, `cuda:sm_90`, `cuda:sm_80+sm_90`."""
+    archs = tuple(dict.fromkeys(argument.split("+"))) if argument else ("sm_80",)
+    for arch in archs:
+        if arch not in ARCHS:
+            raise UsageError(f"cuda:{argument}: unknown architecture {arch!r}", hint=f"known: {', '.join(ARCHS)}")
+    archs = tuple(sorted(archs, key=lambda a: int(re.sub(r"\D", "", a))))
+    host = host or "x86_64-linux-gnu"
+    return CudaTarget(
+        name=f"cuda:{'+'.join(archs)}" + ("" if host == "x86_64-linux-gnu" else f"@{host}"),
+        # The oldest architecture decides what the generated source may use.
+        tvm_target={"kind": "cuda", "arch": archs[0], **tvm_limits(_LIMITS), "host": {"kind": "llvm", "mtriple": host}},
+        host=host,
+        dtype="float16",
+        library_suffix=library_suffix(host),
+        system_lib=False,
+        default_scheme="w4g128",
+        machine=f"cuda-{archs[0]}",
+        runs_here=False,
+        limits=_LIMITS,
+        templates=_TEMPLATES,
+        archs=archs,
+    )
+
+
+def nvcc(source: str, archs: tuple[str, ...]) -> bytes:
+    """A fatbin with machine code for each architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        code, out = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
+        code.write_text(source, encoding="utf-8")
+        targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
+        command = ["nvcc", "-fatbin", "-O3", "-std=c++17", *targets, "-o", str(out), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            raise CompileError(
+                f"nvcc refused the kernels for {', '.join(archs)}: {done.stderr.strip()[:2000]}",
+                hint="nvcc --list-gpu-arch shows what this nvcc knows",
+            )
+        return out.read_bytes()
+
+
+def nvrtc(source: str, arch: str) -> bytes:
+    """Machine code by NVRTC, where there is no nvcc."""
+    try:
+        from cuda.bindings import nvrtc as api
+    except ImportError:
+        raise EnvironmentMissingError(
+            "CUDA needs a compiler: there is neither nvcc on PATH nor NVRTC",
+            hint="pip install nvidia-cuda-nvrtc cuda-bindings, or install the CUDA toolkit",
+        ) from None
+    error, program = api.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
+    options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
+    (error,) = api.nvrtcCompileProgram(program, len(options), options)
+    if int(error) != 0:
+        _, size = api.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        api.nvrtcGetProgramLog(program, log)
+        raise CompileError(f"NVRTC refused the kernels for {arch}: {log.decode(errors='replace').strip()[:2000]}")
+    _, size = api.nvrtcGetCUBINSize(program)
+    code = b" " * size
+    api.nvrtcGetCUBIN(program, code)
+    return bytes(code)

@@ -1,0 +1,91 @@
+"""What the GPU targets share: limits with their sources, and the untuned schedules that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from awq_compile.errors import CompileError
+from awq_compile.formats import QuantSpec
+from awq_compile.problem import MatmulProblem
+from awq_compile.schedules import LinearSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.targets.base import TargetSpec
+
+
+@dataclass(frozen=True)
+class HardwareLimits:
+    """Of one block of threads. No field has a default: every device's page gives its own, with the source.
+
+    `subgroup` counts the threads that the emitted code may assume to shuffle with each other, 0 where the
+    API or the device promises nothing.
+    """
+
+    max_threads: int
+    shared_bytes: int
+    subgroup: int
+    arguments: int
+    source: str
+
+    def __post_init__(self) -> None:
+        assert self.max_threads >= 64 and self.shared_bytes >= 1 << 14 and self.subgroup in (0, 16, 32, 64), self
+
+
+@dataclass(frozen=True)
+class GpuTemplates:
+    """The untuned schedules of a device; `unit` and `rows` are what its compiler and registers take."""
+
+    k_threads: int
+    row_groups: int
+    rows: int
+    unit: int
+    small_batch: int
+    gemm: SimtGemmSchedule
+    magic: bool = False
+
+
+@dataclass(frozen=True)
+class GpuTarget(TargetSpec):
+    """A GPU: activations, KV cache and arithmetic inputs in float16, sums in float32."""
+
+    limits: HardwareLimits
+    templates: GpuTemplates
+
+    @property
+    def block_threads(self) -> int:
+        """256, which every device takes and occupies."""
+        return min(256, self.limits.max_threads)
+
+    def rule(self, problem: MatmulProblem) -> LinearSchedule:
+        """The device's templates, with units that the format has."""
+        t, subgroup = self.templates, self.limits.subgroup
+        # 3-bit codes come in blocks of 32; wider units than 16 bytes of words are split loads.
+        three = isinstance(problem.spec, QuantSpec) and problem.spec.bits == 3
+        unit = 32 if three else min(t.unit, 16) if not isinstance(problem.spec, QuantSpec) else t.unit
+        gemv = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
+        small = replace(gemv, batch=t.small_batch, unit=32 if three else min(unit, 16))
+        gemm = replace(t.gemm, unit=32 if three else t.gemm.unit)
+        chosen = LinearSchedule(gemv, small, gemm)
+        self.check(problem, chosen)
+        return chosen
+
+    def check(self, problem: MatmulProblem, chosen: LinearSchedule) -> None:
+        """Raises `CompileError` naming the limit that a schedule exceeds."""
+        for bucket in ("gemv", "small", "gemm"):
+            schedule = getattr(chosen, bucket)
+            for what, used, limit in (
+                ("threads in a block", schedule.threads, self.limits.max_threads),
+                ("bytes of shared memory", schedule.shared_bytes, self.limits.shared_bytes),
+            ):
+                if used > limit:
+                    raise CompileError(
+                        f"{problem.name}, {bucket}: {used} {what}, and {self.name} has {limit} ({self.limits.source})"
+                    )
+
+
+def tvm_limits(limits: HardwareLimits) -> dict[str, object]:
+    """The limits as attributes of a TVM target. Its warp size 1 keeps TVM's reductions in shared memory."""
+    return {
+        "max_num_threads": limits.max_threads,
+        "max_threads_per_block": limits.max_threads,
+        "max_shared_memory_per_block": limits.shared_bytes,
+        "thread_warp_size": max(limits.subgroup, 1),
+    }

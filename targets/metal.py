@@ -1,0 +1,44 @@
+"""Apple GPUs, Metal source by TVM's generator: `metal` is macOS, `metal:ios` an archive of objects for an app."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from awq_compile.errors import UsageError
+from awq_compile.schedules import SimtGemmSchedule
+from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
+
+_LIMITS: Final = HardwareLimits(
+    max_threads=1024,
+    shared_bytes=32 << 10,
+    subgroup=32,
+    arguments=31,
+    source="Apple, Metal Feature Set Tables, 'GPU implementation limits by family', Apple7 and later",
+)
+_TEMPLATES: Final = GpuTemplates(32, 4, 4, 32, 4, SimtGemmSchedule(64, 64, 32, 4, 4, 8))
+
+
+def metal_target(argument: str, host: str) -> GpuTarget:
+    """`metal` or `metal:ios`."""
+    if argument not in ("", "ios") or host:
+        raise UsageError(f"unknown target metal:{argument}", hint="metal for macOS, metal:ios for iPhone and iPad")
+    ios = argument == "ios"
+    triple = "arm64-apple-ios" if ios else "arm64-apple-macos"
+    return GpuTarget(
+        name="metal:ios" if ios else "metal",
+        tvm_target={
+            "kind": "metal",
+            **tvm_limits(_LIMITS),
+            "max_function_args": _LIMITS.arguments,
+            "host": {"kind": "llvm", "mtriple": triple},
+        },
+        host=triple,
+        dtype="float16",
+        library_suffix=".tar" if ios else ".dylib",
+        system_lib=ios,
+        default_scheme="w4g32" if ios else "w4g128",
+        machine="metal-apple7",
+        runs_here=False,
+        limits=_LIMITS,
+        templates=_TEMPLATES,
+    )
