@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from awq_compile.cli import options as o
-from awq_compile.cli.console import Output, shown
+from awq_compile.cli.console import Bar, Output, shown
 from awq_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -142,6 +143,17 @@ def library_candidate(dist: Path, label: str) -> Candidate:
     return Candidate("library", label, load)
 
 
+def _counted(windows: Any, bar: Bar) -> Iterator[Any]:
+    """The windows, with progress now and then."""
+    started, total = time.monotonic(), len(windows)
+    for done, window in enumerate(windows):
+        if done and (done == 1 or done % 32 == 0):
+            left = (time.monotonic() - started) / done * (total - done)
+            bar.update(done, total, left, f"{done} of {total}")
+        yield window
+    bar.update(total, total, 0.0, f"{total} of {total}")
+
+
 def measure(
     candidates: list[Candidate], text: Path, tokenizer_dir: Path, window: int, most: int | None, output: Output
 ) -> dict[str, Any]:
@@ -150,8 +162,9 @@ def measure(
     from awq_compile.manifest import file_sha256
 
     windows = text_windows(text, tokenizer_dir, window, most)
-    output.step(f"measuring {len(candidates)} models on {len(windows)} windows of {window} tokens")
-    scores = score({c.name: c.load() for c in candidates}, windows, candidates[0].name)
+    with output.bar(f"measuring {len(candidates)} models on windows of {window} tokens") as bar:
+        loaded = {c.name: c.load() for c in candidates}
+        scores = score(loaded, _counted(windows, bar), candidates[0].name)
     rows: list[dict[str, Any]] = []
     for candidate in candidates:
         found = scores[candidate.name]
