@@ -112,11 +112,14 @@ def linear_function(problem: MatmulProblem, attrs: dict[str, Any]) -> Iterator[t
         yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y)
 
 
-def reference_linear(problem: MatmulProblem) -> Any:
-    """The same PrimFunc unscheduled, one loop nest per step: what the templates must compute."""
+def reference_linear(problem: MatmulProblem, rows_of_x: int | None = None) -> Any:
+    """The same PrimFunc unscheduled, one loop nest per step: what the templates must compute.
+
+    `rows_of_x` fixes M, for schedules that need it.
+    """
     spec, n, k = problem.spec, problem.n, problem.k
     rows = problem.weight_rows
-    m = te.var("m", "int64")
+    m = te.var("m", "int64") if rows_of_x is None else rows_of_x
     x = te.placeholder((m, k), problem.dtype, name="x")
     weight = {name: te.placeholder(shape, kind, name=name) for name, (shape, kind) in spec.arrays(rows, k).items()}
     bias = [te.placeholder((n,), "float16", name="bias")] if problem.epilogue.bias else []
