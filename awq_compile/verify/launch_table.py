@@ -70,7 +70,7 @@ class _Run:
             if "shape" not in param:
                 if isinstance(arg, np.ndarray | View):
                     raise KernelError(f"{name}: {param['name']} is a number")
-                self.scalars[param["name"]] = arg
+                self.scalars[param["name"]] = self.value(["cast", param["dtype"], arg])
                 continue
             view = View(arg, 0, arg.shape) if isinstance(arg, np.ndarray) else arg
             if not isinstance(view, View) or str(view.base.dtype) != param["dtype"]:

@@ -32,6 +32,11 @@ _BINARY: Final = {
     "GE": "ge",
     "And": "and",
     "Or": "or",
+    "LShift": "shift_left",
+    "RShift": "shift_right",
+    "BitwiseAnd": "bitwise_and",
+    "BitwiseOr": "bitwise_or",
+    "BitwiseXor": "bitwise_xor",
 }
 _CALLS: Final = ("shift_left", "shift_right", "bitwise_and", "bitwise_or", "bitwise_xor")
 _FLAGS: Final = ("tirx.use_programtic_dependent_launch", "tirx.use_cooperative_launch")  # take no launch argument

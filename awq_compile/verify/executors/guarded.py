@@ -1,9 +1,10 @@
-"""Buffers between pages that nobody may touch: one byte too far and the processor says so."""
+"""Buffers and stacks beside pages that nobody may touch: one byte too far and the processor says so."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -11,6 +12,9 @@ import numpy as np
 ALIGNMENT: Final = 16  # of vector loads; a buffer's end is this close to the forbidden page
 ZONE_BYTES: Final = 16 << 20  # address space kept free on each side; costs no memory
 CANARY: Final = 0xC5
+FIBERS: Final = 1024  # AWQ_MAX_THREADS of awq_simt.h
+STACK_BYTES: Final = 256 * 1024  # AWQ_STACK_BYTES of awq_simt.h
+_kept: list[mmap.mmap] = []
 _PROT_NONE, _READ_WRITE = 0, mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -53,6 +57,18 @@ class GuardedBuffer:
             return f"{self.address - address} bytes before the start of"
         behind = address - self.address - self._bytes
         return f"{behind} bytes behind the end of" if behind >= 0 else "within"
+
+
+@cache
+def fiber_stacks() -> int:
+    """Address of the stacks of all fibres, for the life of the process: kernels share them, one launch at a time."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, FIBERS * STACK_BYTES, flags, _READ_WRITE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for i in range(FIBERS):
+        _protect(start + i * STACK_BYTES, mmap.PAGESIZE)
+    _kept.append(memory)
+    return start
 
 
 def _protect(address: int, size: int) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import selectors
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,20 @@ from awq_compile.verify.executors.opencl_worker import receive, send
 _HINT: Final = "for any CPU: pip install pyopencl intel-opencl-rt intel-cmplr-lib-rt"
 _VENDORS: Final = Path("/etc/OpenCL/vendors")
 _MARKER: Final = "// Function: "
+_TYPES: Final = {
+    "bool": "uint8",
+    "char": "int8",
+    "uchar": "uint8",
+    "short": "int16",
+    "ushort": "uint16",
+    "int": "int32",
+    "uint": "uint32",
+    "long": "int64",
+    "ulong": "uint64",
+    "half": "float16",
+    "float": "float32",
+    "double": "float64",
+}
 
 
 class OpenCLExecutor:
@@ -40,7 +55,6 @@ class OpenCLExecutor:
         self.prefer = prefer
         self.seconds = seconds
         self._kernels: dict[str, str] = {}
-        self._types: Mapping[str, tuple[str, ...]] = {}
         self._child: subprocess.Popen[bytes] | None = None
         self.device = ""
 
@@ -51,7 +65,6 @@ class OpenCLExecutor:
         text = code.code.decode("utf-8") if isinstance(code.code, bytes) else code.code
         self._kernels = {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in code.kernels.items()}
         self._kernels |= split_kernels(text)
-        self._types = code.arg_types
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -75,7 +88,7 @@ class OpenCLExecutor:
             "kernel": kernel,
             "source": self._kernels[kernel],
             "scalars": [float(n) if isinstance(n, float | np.floating) else int(n) for n in numbers],
-            "types": [t for t in self._types.get(kernel, ()) if t != "handle"],
+            "types": scalar_types(kernel, self._kernels[kernel]),
             "global": [g * b for g, b in zip(grid, block, strict=True)],
             "local": list(block),
         }
@@ -126,6 +139,15 @@ def split_kernels(text: str) -> dict[str, str]:
     """TVM writes one translation unit per kernel, each behind a comment with its name: kernel → its unit."""
     parts = text.split(_MARKER)[1:]
     return {name.strip(): body for name, _, body in (part.partition("\n") for part in parts)}
+
+
+def scalar_types(kernel: str, source: str) -> list[str]:
+    """NumPy's names of the types of a kernel's scalar parameters, read from its definition."""
+    match = re.search(rf"\b{re.escape(kernel)}\s*\(([^(){{}};]*)\)\s*\{{", source)
+    if match is None:
+        raise CompileError(f"the OpenCL source does not define {kernel} in a form that is understood")
+    scalars = [p.split() for p in match[1].split(",") if p.strip() and "*" not in p]
+    return [_TYPES[words[-2]] for words in scalars]
 
 
 def driver_environment() -> dict[str, str]:

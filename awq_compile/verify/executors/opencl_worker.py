@@ -15,20 +15,6 @@ from typing import Any, BinaryIO, Final
 
 ZONE_BYTES: Final = 4096  # watched, on both sides of a buffer; a multiple of every device's base alignment
 CANARY: Final = 0xC5
-_TYPES: Final = {
-    "char": "int8",
-    "uchar": "uint8",
-    "short": "int16",
-    "ushort": "uint16",
-    "int": "int32",
-    "uint": "uint32",
-    "long": "int64",
-    "ulong": "uint64",
-    "half": "float16",
-    "float": "float32",
-    "double": "float64",
-    "bool": "uint8",
-}
 
 
 def send(pipe: Any, header: dict[str, Any], blobs: Sequence[Any]) -> None:
@@ -73,7 +59,7 @@ class Worker:
     def kernel(self, name: str, source: str) -> Any:
         """The compiled kernel. Raises `CompilationError` with the driver's words."""
         if (name, source) not in self.kernels:
-            program = self.cl.Program(self.context, source).build(options=["-cl-kernel-arg-info"])
+            program = self.cl.Program(self.context, source).build()
             self.kernels[name, source] = self.cl.Kernel(program, name)
         return self.kernels[name, source]
 
@@ -99,7 +85,7 @@ class Worker:
             kernel.set_arg(number, region)
             whole.append((buffer, host, region))  # an argument does not keep its region alive
         for i, scalar in enumerate(request["scalars"]):
-            kernel.set_arg(len(blobs) + i, np.dtype(self.scalar_type(kernel, request, len(blobs), i)).type(scalar))
+            kernel.set_arg(len(blobs) + i, np.dtype(request["types"][i]).type(scalar))
         try:
             cl.enqueue_nd_range_kernel(self.queue, kernel, request["global"], request["local"])
             self.queue.finish()
@@ -114,13 +100,6 @@ class Worker:
                     return {"error": f"writes {where} buffer {number} of {len(blob)} bytes"}, []
             results.append(host[ZONE_BYTES:end].tobytes())
         return {"done": True}, results
-
-    def scalar_type(self, kernel: Any, request: dict[str, Any], buffers: int, i: int) -> str:
-        """NumPy's name of a scalar parameter's type: the library's, else the driver's."""
-        if request["types"]:
-            return str(request["types"][i]).replace("bool", "uint8")
-        name = kernel.get_arg_info(buffers + i, self.cl.kernel_arg_info.TYPE_NAME)
-        return _TYPES[name.rstrip("\0")]
 
 
 def main() -> None:

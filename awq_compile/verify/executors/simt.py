@@ -18,7 +18,7 @@ import numpy as np
 
 from awq_compile.errors import CompileError
 from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3, contiguous
-from awq_compile.verify.executors.guarded import GuardedBuffer
+from awq_compile.verify.executors.guarded import GuardedBuffer, fiber_stacks
 from awq_compile.verify.executors.simt_build import compile_shim
 from awq_compile.verify.executors.simt_source import ShimSource, shim_source
 
@@ -169,6 +169,7 @@ class SimtExecutor:
         report = _Report()
         loaded.library.awq_launch(
             ctypes.byref(kernel),
+            ctypes.c_void_p(fiber_stacks()),
             pointers,
             (ctypes.c_uint * 3)(*grid),
             (ctypes.c_uint * 3)(*block),
@@ -208,7 +209,8 @@ class SimtExecutor:
 def _distinct(arrays: list[np.ndarray[Any, Any]]) -> tuple[list[np.ndarray[Any, Any]], list[int]]:
     """The arrays without those given twice, and which of them each is: a kernel may work in place."""
     slots: dict[tuple[int, int], int] = {}
-    distinct, at = [], []
+    distinct: list[np.ndarray[Any, Any]] = []
+    at: list[int] = []
     for array in arrays:
         key = (array.ctypes.data, array.nbytes)
         if key not in slots:

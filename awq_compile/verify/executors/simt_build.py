@@ -32,7 +32,7 @@ _FLAGS: Final = (
     ),
     *("-w", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none"),
     "-ftrivial-auto-var-init=pattern",  # local arrays start as NaN
-    *("-fno-sanitize=all", "-fsanitize=array-bounds,alignment", "-fsanitize-trap=all"),
+    *("-fno-sanitize=all", "-fsanitize=array-bounds", "-fsanitize-trap=all"),
 )
 
 

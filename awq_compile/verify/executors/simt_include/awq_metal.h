@@ -259,11 +259,12 @@ using metal::sqrt;
 enum class mem_flags { mem_none, mem_device, mem_threadgroup, mem_texture };
 #define threadgroup_barrier(...) awq_barrier(__LINE__)
 #define simdgroup_barrier(...) (void)awq_meet(__LINE__, 0, nullptr, 0)
-#define simd_shuffle(value, lane) awq_shuffle(__LINE__, 0, value, (unsigned)(lane))
+// Lane numbers wrap, as on Apple's GPUs; TVM's reductions name the thread of the block.
+#define simd_shuffle(value, lane) awq_shuffle(__LINE__, 0, value, (unsigned)(lane) % AWQ_WARP)
 #define simd_shuffle_down(value, delta) awq_shuffle(__LINE__, 0, value, awq_lane() + (unsigned)(delta))
 #define simd_shuffle_up(value, delta) awq_shuffle(__LINE__, 0, value, awq_lane() - (unsigned)(delta))
 #define simd_shuffle_xor(value, bits) awq_shuffle(__LINE__, 0, value, awq_lane() ^ (unsigned)(bits))
-#define simd_broadcast(value, lane) awq_shuffle(__LINE__, 0, value, (unsigned)(lane))
+#define simd_broadcast(value, lane) awq_shuffle(__LINE__, 0, value, (unsigned)(lane) % AWQ_WARP)
 #define simd_sum(value) awq_simd_reduce(__LINE__, value, [](auto a, auto b) { return a + b; })
 #define simd_product(value) awq_simd_reduce(__LINE__, value, [](auto a, auto b) { return a * b; })
 #define simd_max(value) awq_simd_reduce(__LINE__, value, [](auto a, auto b) { return a > b ? a : b; })

@@ -151,6 +151,13 @@ static inline T awq_shuffle(int line, uint32_t mask, T value, unsigned from) {
   return awq_from_lane<T>(from);
 }
 
+// `p` as a pointer to a vector, which must be aligned to its size as on the device.
+template <class T, class P>
+static inline T* awq_at(P* p) {
+  if ((uintptr_t)p % alignof(T)) __builtin_trap();
+  return (T*)p;
+}
+
 static inline void* awq_dynamic_shared() { return awq_shared_start; }
 
 static inline void awq_async_copy_later(void* to, const void* from, unsigned bytes) {
@@ -304,16 +311,12 @@ static void awq_on_signal(int number, siginfo_t* info, void* context) {
   siglongjmp(awq_escape, 1);
 }
 
-static void awq_set_up_memory() {
-  if (awq_stacks) return;
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  size_t page = (size_t)sysconf(_SC_PAGESIZE), bytes = (size_t)AWQ_MAX_THREADS * AWQ_STACK_BYTES;
-  char* stacks = (char*)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-  for (size_t i = 0; i < AWQ_MAX_THREADS; ++i) mprotect(stacks + i * AWQ_STACK_BYTES, page, PROT_NONE);
-  char* shared = (char*)mmap(nullptr, AWQ_SHARED_LIMIT + 2 * page, PROT_NONE, flags, -1, 0);
+static void awq_set_up_shared() {
+  if (awq_shared_end) return;
+  size_t page = (size_t)sysconf(_SC_PAGESIZE);
+  char* shared = (char*)mmap(nullptr, AWQ_SHARED_LIMIT + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   mprotect(shared + page, AWQ_SHARED_LIMIT, PROT_READ | PROT_WRITE);
   awq_shared_end = shared + page + AWQ_SHARED_LIMIT;
-  awq_stacks = stacks;
 }
 
 struct awq_kernel {
@@ -322,14 +325,16 @@ struct awq_kernel {
   const char* signature;
 };
 
-// Runs one grid in one order. Returns the outcome, with its detail in `report`.
-extern "C" int awq_launch(const awq_kernel* kernel, void** arguments, const unsigned* grid, const unsigned* block,
+// Runs one grid in one order, on `stacks` (AWQ_MAX_THREADS, each AWQ_STACK_BYTES with a forbidden page at its low
+// end). Returns the outcome, with its detail in `report`.
+extern "C" int awq_launch(const awq_kernel* kernel, void* stacks, void** arguments, const unsigned* grid, const unsigned* block,
                           unsigned dynamic_shared, int order_kind, unsigned seed, double cpu_seconds,
                           awq_report* report) {
   static unsigned order[AWQ_MAX_THREADS];
   static char signal_stack[64 * 1024];
   memset(report, 0, sizeof(*report));
-  awq_set_up_memory();
+  awq_set_up_shared();
+  awq_stacks = (char*)stacks;
   awq_outcome_report = report;
   awq_body = kernel->body;
   awq_body_arguments = arguments;

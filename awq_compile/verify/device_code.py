@@ -1,0 +1,199 @@
+"""The device code inside a built library, whatever the library's format: ELF, Mach-O, PE, COFF, or a tar of objects.
+
+The exporter leaves one symbol, `__tvm_ffi__library_bin` (behind the system-lib prefix), with TVM's module
+blob; `awq_compile.targets.vulkan.blob` has its layout. Object formats are read by lief. Nothing is trusted:
+a size that does not fit stops with `ArtifactError`.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from awq_compile.errors import ArtifactError, EnvironmentMissingError
+from awq_compile.targets.vulkan.blob import BlobModule, FunctionInfo, parse_blob
+from awq_compile.verify.executors.base import DeviceCode
+
+_SYMBOL: Final = "__tvm_ffi__library_bin"
+_MAX_BYTES: Final = 1 << 32
+_CODES: Final = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 6: "bool"}
+
+
+@dataclass(frozen=True)
+class DeviceModule:
+    """A device module of a library. `format` names the code: `cl`, `metal`, `vulkan`, `cuda`, `ptx`, `fatbin`, …"""
+
+    kind: str
+    format: str
+    functions: Mapping[str, FunctionInfo]
+    code: bytes = b""
+    kernels: Mapping[str, bytes] = field(default_factory=dict)
+
+    def device_code(self) -> DeviceCode:
+        """In the form that executors load."""
+        types = {name: info.arguments for name, info in self.functions.items()}
+        return DeviceCode(self.format, self.code, dict(self.kernels), types)
+
+
+def library_code(path: Path) -> list[DeviceModule]:
+    """The device modules of a library or archive. Raises `ArtifactError` when it has none or is damaged."""
+    data = path.read_bytes()
+    for member, content in _objects(path.name, data):
+        blob = _library_bin(member, content)
+        if blob is not None:
+            return device_modules(blob, f"{path.name}: {member}" if member != path.name else member)
+    raise ArtifactError(f"{path}: holds no symbol {_SYMBOL}, so no device code")
+
+
+def device_modules(blob: bytes, what: str) -> list[DeviceModule]:
+    """The device modules in TVM's module blob; `what` names it in messages."""
+    try:
+        modules = parse_blob(blob).modules
+        return [_module(m) for m in modules if m.payload is not None and m.kind != "relax.VMExecutable"]
+    except (ArtifactError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{what}: {error}") from None
+
+
+def _module(module: BlobModule) -> DeviceModule:
+    assert module.payload is not None
+    reader = _Reader(module.payload, f"the {module.kind} module")
+    form = reader.text()
+    functions = {}
+    for _ in range(reader.count()):
+        key = reader.text()
+        functions[key] = reader.function()
+    if module.kind in ("opencl", "cuda"):
+        code = reader.raw()
+        reader.end()
+        return DeviceModule(module.kind, form, functions, code)
+    if module.kind not in ("metal", "vulkan"):
+        raise ArtifactError(f"holds a module of the unknown kind {module.kind!r}")
+    kernels = {}
+    for _ in range(reader.count()):
+        key = reader.text()
+        kernels[key] = reader.raw()
+    reader.end()
+    if set(kernels) != set(functions):
+        odd = sorted(set(kernels) ^ set(functions))
+        raise ArtifactError(f"the {module.kind} module has code or a description, but not both, of {odd[0]}")
+    return DeviceModule(module.kind, form, functions, kernels=kernels)
+
+
+class _Reader:
+    """Little-endian numbers, strings and lists, each checked against what is left."""
+
+    def __init__(self, data: bytes, what: str) -> None:
+        self.data, self.what, self.at = data, what, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise ArtifactError(f"{self.what} has {len(self.data)} bytes; at {self.at} it announces {size} more")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def count(self) -> int:
+        """Items of a list: each takes at least one byte."""
+        count = self.number(8)
+        if count > len(self.data) - self.at:
+            raise ArtifactError(f"{self.what} announces {count} items at byte {self.at}")
+        return count
+
+    def raw(self) -> bytes:
+        return self.take(self.number(8))
+
+    def text(self) -> str:
+        return self.raw().decode("utf-8")
+
+    def function(self) -> FunctionInfo:
+        name = self.text()
+        types = tuple(self.dtype() for _ in range(self.count()))
+        tags = tuple(self.text() for _ in range(self.count()))
+        return FunctionInfo(name, types, tags, tuple(self.number(4) for _ in range(self.count())))
+
+    def dtype(self) -> str:
+        code, bits, lanes = self.number(1), self.number(1), self.number(2)
+        if code not in _CODES or lanes != 1:
+            raise ArtifactError(f"{self.what} has an argument of the unknown type ({code}, {bits}, {lanes})")
+        name = _CODES[code]
+        return name if name in ("handle", "bool") else f"{name}{bits}"
+
+    def end(self) -> None:
+        if self.at != len(self.data):
+            raise ArtifactError(f"{self.what} has {len(self.data) - self.at} bytes too many")
+
+
+def _objects(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the object files in a library: itself, or the members of a tar."""
+    if not name.endswith(".tar"):
+        yield name, data
+        return
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    yield member.name, file.read()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ArtifactError(f"{name} is not a tar archive: {error}") from None
+
+
+def _library_bin(name: str, data: bytes) -> bytes | None:
+    """The bytes of the symbol in one object or library; None where it has none."""
+    lief = _lief()
+    parsed = lief.parse(data)
+    if parsed is None:
+        raise ArtifactError(f"{name} is not an object file or library")
+    for section, offset in _places(lief, parsed):
+        content = bytes(section.content)
+        size = int.from_bytes(content[offset : offset + 8], "little")
+        if len(content) < offset + 8 or size > min(_MAX_BYTES, len(content) - offset - 8):
+            raise ArtifactError(
+                f"{name}: the module blob announces {size} bytes, {len(content) - offset - 8} are there"
+            )
+        return content[offset : offset + 8 + size]
+    return None
+
+
+def _places(lief: Any, parsed: Any) -> Iterator[tuple[Any, int]]:
+    """(section, offset) of each symbol that is the module blob."""
+    if isinstance(parsed, lief.PE.Binary):
+        exported = parsed.get_export()
+        for entry in exported.entries if exported is not None else ():
+            if str(entry.name).endswith(_SYMBOL):
+                section = parsed.section_from_rva(entry.address)
+                if section is not None:
+                    yield section, entry.address - section.virtual_address
+        return
+    for symbol in parsed.symbols:
+        if not str(symbol.name).endswith(_SYMBOL):
+            continue
+        if _is_relocatable(lief, parsed):
+            if symbol.section is not None:
+                yield symbol.section, symbol.value
+        else:
+            for section in parsed.sections:
+                if section.virtual_address <= symbol.value < section.virtual_address + section.size:
+                    yield section, symbol.value - section.virtual_address
+
+
+def _is_relocatable(lief: Any, parsed: Any) -> bool:
+    """Whether symbols count from their section, as in COFF and ELF objects; Mach-O objects have addresses."""
+    if isinstance(parsed, lief.ELF.Binary):
+        return bool(parsed.header.file_type == lief.ELF.Header.FILE_TYPE.REL)
+    return isinstance(parsed, lief.COFF.Binary)
+
+
+def _lief() -> Any:
+    try:
+        import lief
+    except ImportError:
+        raise EnvironmentMissingError("the package `lief` is not installed", hint="pip install lief") from None
+    lief.logging.disable()
+    return lief
