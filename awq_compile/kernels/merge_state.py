@@ -22,7 +22,7 @@ def merge_state(num_heads: int, head_dim: int, dtype: str, max_threads: int) -> 
     threads = head_dim // _VECTOR
     rows = max(r for r in range(1, num_heads + 1) if num_heads % r == 0 and (r == 1 or r * threads <= max_threads))
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(s_tir=True)  # type: ignore[untyped-decorator]
     def merge_state_inplace(v: T.handle, s: T.handle, v_other: T.handle, s_other: T.handle) -> None:
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         n = T.int32()

@@ -69,6 +69,7 @@ class DeviceInfo:
     shared_bytes: int
     max_threads: int
     max_grid: tuple[int, int, int]
+    max_buffers: int
     features: frozenset[str]
 
 
@@ -149,6 +150,7 @@ class VulkanExecutor:
             shared_bytes=int(limits.maxComputeSharedMemorySize),
             max_threads=int(limits.maxComputeWorkGroupInvocations),
             max_grid=tuple(limits.maxComputeWorkGroupCount),
+            max_buffers=int(limits.maxPerStageDescriptorStorageBuffers),
             features=frozenset(name for name, value in has.items() if value),
         )
         self._keep = (storage16, storage8, small)  # `chain` points to them
@@ -296,6 +298,8 @@ class VulkanExecutor:
         code = struct.pack(f"<{len(shader.words)}I", *shader.words)
         module = vk.vkCreateShaderModule(device, vk.VkShaderModuleCreateInfo(codeSize=len(code), pCode=code), None)
         count = shader.arguments.count(HANDLE)
+        if count > self.info.max_buffers:  # a driver may crash instead of refusing
+            raise UsageError(f"{shader.name} has {count} buffers, {self.info.name} takes {self.info.max_buffers}")
         kinds = [vk.VK_DESCRIPTOR_TYPE_STORAGE_BUFFER] * count
         if shader.uses_uniform_buffer:
             kinds.append(vk.VK_DESCRIPTOR_TYPE_UNIFORM_BUFFER)
