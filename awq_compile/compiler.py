@@ -153,26 +153,26 @@ def compile_library(
 ) -> CompileReport:
     """Compiles a model for a target and writes the library (or archive of objects) to `out`.
 
-    `dump` receives the IR after each pass. Raises `CompileError` when a check of the compiler fails.
+    A library with device code gets its launch tables beside it, see `verify.sidecar`. `dump` receives the IR
+    after each pass. Raises `CompileError` when a check of the compiler fails.
     """
     import tvm
     from tvm import relax
 
-    from awq_compile.models.decoder import DecoderSizes, export_decoder
+    from awq_compile.verify.sidecar import TableRecorder, write_sidecar
 
     start = time.monotonic()
     parameters = tuple(model_parameters(config, scheme))
     context = CompileContext(config, scheme, target, options, parameters, shipped_records())
-    sizes = DecoderSizes(options.context_window_size, options.prefill_chunk_size, options.max_batch_size)
     tvm_target = tvm.target.Target(target.tvm_target)
-    module, _ = export_decoder(config, sizes, target.dtype, tvm_target)
-    instruments = [_dump_instrument(dump)] if dump is not None else []
-    lowering = [*quantize_passes(context), *lower_passes(), *(device_passes() if target.has_device_code else [])]
+    recorder = TableRecorder()
+    instruments = [recorder.instrument(), *([_dump_instrument(dump)] if dump is not None else [])]
     # Common subexpressions are left to the compilers behind: TVM's pass doubles every line it finds.
     options_of_tvm = {"tirx.disable_cse_tir": True}
     with tvm_target, tvm.transform.PassContext(opt_level=3, instruments=instruments, config=options_of_tvm):
-        # Schedules are applied to a module of our own: TVM's rules change the one they are given.
-        module = tvm.transform.Sequential(lowering)(_with_bounds(module, options))
+        module = lowered_module(context)
+        if target.has_device_code:
+            module = tvm.transform.Sequential(device_passes())(module)
         planned = tvm.transform.Sequential(vm_passes()[:5])(module)
         memory = _memory_usage(planned)
         planned["_metadata"] = _metadata_function(context, memory)
@@ -182,6 +182,8 @@ def compile_library(
         with target.building():
             executable = relax.build(final, target=tvm_target, relax_pipeline=None, system_lib=target.system_lib)
             export_executable(executable, target, out)
+    if target.has_device_code:
+        write_sidecar(out, recorder.tables, executable.mod)
     return CompileReport(
         target=target.name,
         parameters=_arrays(parameters),
@@ -190,6 +192,21 @@ def compile_library(
         seconds=time.monotonic() - start,
         library_bytes=out.stat().st_size,
     )
+
+
+def lowered_module(context: CompileContext) -> Any:
+    """The model's PrimFuncs, quantised linears scheduled and all others not yet."""
+    import tvm
+
+    from awq_compile.models.decoder import DecoderSizes, export_decoder
+
+    options = context.options
+    sizes = DecoderSizes(options.context_window_size, options.prefill_chunk_size, options.max_batch_size)
+    target = tvm.target.Target(context.target.tvm_target)
+    module, _ = export_decoder(context.config, sizes, context.target.dtype, target)
+    with target:
+        # Schedules are applied to a module of our own: TVM's rules change the one they are given.
+        return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(_with_bounds(module, options))
 
 
 def system_lib_prefix(library: Path) -> str:
