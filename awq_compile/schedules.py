@@ -133,8 +133,39 @@ class SimtGemmSchedule:
         return self.block_k * (self.block_m + self.block_n) * (2 if self.shared == "float16" else 4)
 
 
+@dataclass(frozen=True)
+class MmaGemmSchedule:
+    """For `kernels.mma_gemm`: warps_m x warps_n warps share a block tile; `mma_k` is 16, or 8 before sm_80."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps_m: int
+    warps_n: int
+    unit: int
+    mma_k: int = 16
+    magic: bool = False
+
+    def __post_init__(self) -> None:
+        whole = self.block_m % (16 * self.warps_m) == 0 and self.block_n % (16 * self.warps_n) == 0
+        staged = self.block_m * self.block_k % (8 * self.threads) == 0
+        staged = staged and self.block_n * self.block_k % (self.unit * self.threads) == 0
+        if not whole or not staged or self.mma_k not in (8, 16) or self.block_k % 32 or self.unit not in UNITS:
+            raise CompileError(f"illegal {self}: warps of 16x16 tiles, pieces for every thread, block_k of 32")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of both tiles, padding included."""
+        return 2 * (self.block_m + self.block_n) * (self.block_k + 8)
+
+
 FewRows = GemvSchedule | SimtGemvSchedule
-ManyRows = GemmSchedule | SimtGemmSchedule
+ManyRows = GemmSchedule | SimtGemmSchedule | MmaGemmSchedule
 
 
 @dataclass(frozen=True)

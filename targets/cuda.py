@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
-from awq_compile.schedules import SimtGemmSchedule
+from awq_compile.schedules import MmaGemmSchedule
+from awq_compile.targets.cuda_ptx import MARK, device_functions
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix
 
@@ -29,7 +30,18 @@ _LIMITS: Final = HardwareLimits(
     arguments=512,
     source="NVIDIA CUDA C++ Programming Guide, 'Technical Specifications per Compute Capability', 7.5 to 12.0",
 )
-_TEMPLATES: Final = GpuTemplates(32, 4, 2, 32, 4, SimtGemmSchedule(64, 64, 32, 4, 4, 8, magic=True), magic=True)
+
+
+def _templates(arch: str) -> GpuTemplates:
+    """Tensor cores take K = 16 at a time from sm_80 on."""
+    gemm = MmaGemmSchedule(64, 64, 64, 2, 2, unit=8, mma_k=_mma_k(arch), magic=True)
+    return GpuTemplates(32, 4, 2, 32, 4, gemm, magic=True)
+
+
+def _mma_k(arch: str) -> int:
+    return 8 if arch == "sm_75" else 16
+
+
 _CALLBACK: Final = "tvm_callback_cuda_compile"
 
 
@@ -56,13 +68,14 @@ class CudaTarget(GpuTarget):
 
     def _compile(self, source: str, *_: Any) -> tuple[bytes, str]:
         """(code, format) of CUDA C++ for all architectures."""
+        source = with_device_functions(str(source), self.archs[0])
         if shutil.which("nvcc"):
-            return nvcc(str(source), self.archs), "fatbin"
+            return nvcc(source, self.archs), "fatbin"
         if len(self.archs) > 1:
             raise EnvironmentMissingError(
                 f"{self.name}: code for several architectures needs nvcc on PATH", hint="install the CUDA toolkit"
             )
-        return nvrtc(str(source), self.archs[0]), "cubin"
+        return nvrtc(source, self.archs[0]), "cubin"
 
 
 def cuda_target(argument: str, host: str) -> CudaTarget:
@@ -85,9 +98,14 @@ def cuda_target(argument: str, host: str) -> CudaTarget:
         machine=f"cuda-{archs[0]}",
         runs_here=False,
         limits=_LIMITS,
-        templates=_TEMPLATES,
+        templates=_templates(archs[0]),
         archs=archs,
     )
+
+
+def with_device_functions(source: str, arch: str) -> str:
+    """Kernels as nvcc takes them: with our inline PTX in front."""
+    return device_functions(_mma_k(arch)) + source if MARK in source else source
 
 
 def nvcc(source: str, archs: tuple[str, ...]) -> bytes:

@@ -13,7 +13,7 @@ from awq_compile import reference
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.kernels.build import scheduled_linear
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import LinearSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.schedules import LinearSchedule, MmaGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
 from awq_compile.verify.executors.base import Executor
 from awq_compile.verify.executors.opencl import OpenCLExecutor
 from awq_compile.verify.executors.simt import SimtExecutor
@@ -101,3 +101,14 @@ def test_integers_become_floats_by_their_bits() -> None:
         check(
             MatmulProblem(16, 128, spec, Epilogue(), "float16"), "cuda", schedule(spec, "cuda", magic=True), (1, 3, 20)
         )
+
+
+@pytest.mark.parametrize("mma_k", [16, 8])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_tensor_cores(spec: WeightSpec, mma_k: int) -> None:
+    """Two warps by two, tails in M and N, and gates beside their ups."""
+    unit = 32 if isinstance(spec, QuantSpec) and spec.bits == 3 else 8
+    plain = schedule(spec, "cuda")
+    chosen = LinearSchedule(plain.gemv, plain.small, MmaGemmSchedule(32, 64, 64, 2, 2, unit, mma_k))
+    for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
+        check(MatmulProblem(72, 256, spec, epilogue, "float16"), "cuda", chosen, (9, 70))
