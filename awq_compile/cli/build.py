@@ -95,6 +95,15 @@ def build(
             "--eval", metavar="FILE", help="Measure perplexity on this text, and report it.", rich_help_panel=o.GENERAL
         ),
     ] = None,
+    eval_windows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Only this many windows of {DEFAULT_WINDOW} tokens of it.",
+            rich_help_panel=o.GENERAL,
+            show_default="all",
+        ),
+    ] = None,
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the IR after every pass there.", rich_help_panel=o.GENERAL)
     ] = None,
@@ -136,7 +145,7 @@ def build(
     rows = []
     if text is not None and not source.quantised:
         rows = [cached(source, chosen, calibration, "rtn", output), quantised.path]
-    _tell(job.run(text, rows), output)
+    _tell(job.run(text, eval_windows, rows), output)
 
 
 def _common_scheme(targets: list[TargetSpec]) -> str:
@@ -200,7 +209,7 @@ class _Job:
     dump: Path | None
     output: Output
 
-    def run(self, text: Path | None, measured: list[Path]) -> Built:
+    def run(self, text: Path | None, windows: int | None, measured: list[Path]) -> Built:
         """Writes the DIST: parameters, tokenizer, configuration, libraries, report, manifest.
 
         With `text`, the report carries perplexities: of the original and the checkpoints `measured`
@@ -229,7 +238,7 @@ class _Job:
             compiled, took = self._compile(dist)
             dist.manifest(name, model.scheme, recorded)  # what the runtime needs to open it for the next two steps
             checks = self._verify(dist)
-            evaluation = self._evaluate(dist, text, measured, checks) if text is not None else None
+            evaluation = self._evaluate(dist, text, windows, measured, checks) if text is not None else None
             facts = {target: check.to_json() for target, check in checks.items()}
             report = build_report(
                 name, model, dist.path, dist.libraries, compiled, facts, recorded, versions(), evaluation
@@ -279,7 +288,7 @@ class _Job:
         return found
 
     def _evaluate(
-        self, dist: DistWriter, text: Path, measured: list[Path], checks: dict[str, Verification]
+        self, dist: DistWriter, text: Path, windows: int | None, measured: list[Path], checks: dict[str, Verification]
     ) -> dict[str, Any]:
         """Perplexities, of what this machine can run."""
         candidates = []
@@ -290,7 +299,8 @@ class _Job:
             candidates = [checkpoint_candidate(self.model.path, self.model.method, label)]
         if any(check.ran for check in checks.values()):
             candidates.append(library_candidate(dist.path, "compiled library"))
-        return measure(candidates, text, self.model.path, DEFAULT_WINDOW, None, self.output)
+        window = min(DEFAULT_WINDOW, self.options.context_window_size)
+        return measure(candidates, text, self.model.path, window, windows, self.output)
 
 
 def _tell(built: Built, output: Output) -> None:
