@@ -11,7 +11,6 @@ import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,10 +19,11 @@ from awq_compile.errors import CompileError
 from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3, contiguous
 from awq_compile.verify.executors.guarded import GuardedBuffer, fiber_stacks
 from awq_compile.verify.executors.simt_build import compile_shim
-from awq_compile.verify.executors.simt_source import ShimSource, shim_source
+from awq_compile.verify.executors.simt_source import ShimSource, joined, shim_source
 
 ORDERS: Final = ("ascending", "descending", "shuffled")
 MAX_THREADS: Final = 1024
+TOGETHER: Final = 16  # sources compiled at once: starting the compiler takes as long as three kernels
 _FAULT, _DIVERGED, _TIMEOUT, _WARP_DIVERGED = 1, 2, 3, 4
 _SCALARS: Final[dict[str, Any]] = {
     "b": ctypes.c_bool,
@@ -97,19 +97,20 @@ class SimtExecutor:
     def __init__(self, *, orders: int = 3, seconds: float = 60.0) -> None:
         self.orders = orders
         self.seconds = seconds
-        self._sources: dict[str, tuple[str, str]] = {}  # kernel → language, source
-        self._loaded: dict[str, _Loaded] = {}  # by source
+        self._sources: dict[str, ShimSource] = {}
+        self._texts: dict[str, str] = {}  # kernel → the source it is in
+        self._libraries: dict[tuple[ShimSource, ...], ctypes.CDLL] = {}
 
     def load(self, code: DeviceCode) -> None:
-        """Takes source code; a kernel is compiled at its first launch."""
+        """Takes source code; it is compiled at the first launch, several kernels at once where each has its own."""
         if code.format not in ("cuda", "metal"):
             raise CompileError(f"the CPU shim runs CUDA and Metal sources, not {code.format}")
-        texts = list(code.kernels.values()) or [code.code]
-        self._sources = {}
-        for text in texts:
+        self._sources, self._texts = {}, {}
+        for text in list(code.kernels.values()) or [code.code]:
             source = text.decode("utf-8") if isinstance(text, bytes) else text
-            for name in shim_source(code.format, source).kernels:
-                self._sources[name] = (code.format, source)
+            translated = shim_source(code.format, source)
+            self._sources |= dict.fromkeys(translated.kernels, translated)
+            self._texts |= dict.fromkeys(translated.kernels, source)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -128,7 +129,7 @@ class SimtExecutor:
         if 0 in grid:
             return
         arrays, slots = _distinct(contiguous(kernel, args))
-        loaded = self._compiled(*self._sources[kernel])
+        loaded = _Loaded(self._texts[kernel], self._compiled(kernel))
         results: list[list[np.ndarray[Any, Any]]] = []
         for order in range(self.orders):
             buffers = [GuardedBuffer(array, at_end=order != 1) for array in arrays]
@@ -143,12 +144,14 @@ class SimtExecutor:
         for array, result in zip(arrays, results[0], strict=True):
             array[...] = result
 
-    def _compiled(self, language: str, source: str) -> _Loaded:
-        if source not in self._loaded:
-            translated: ShimSource = shim_source(language, source)
-            path: Path = compile_shim(translated)
-            self._loaded[source] = _Loaded(source, ctypes.CDLL(str(path)))
-        return self._loaded[source]
+    def _compiled(self, kernel: str) -> ctypes.CDLL:
+        """The library that has the kernel, compiled together with its neighbours."""
+        sources = list(dict.fromkeys(self._sources.values()))
+        first = sources.index(self._sources[kernel]) // TOGETHER * TOGETHER
+        group = tuple(sources[first : first + TOGETHER])
+        if group not in self._libraries:
+            self._libraries[group] = ctypes.CDLL(str(compile_shim(joined(group))))
+        return self._libraries[group]
 
     def _run(
         self,

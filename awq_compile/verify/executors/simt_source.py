@@ -11,6 +11,7 @@ both      `*(float4*)(p)`                            → `*awq_at<float4>(p)`, w
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -51,7 +52,7 @@ def shim_source(language: str, source: str) -> ShimSource:
     else:
         body = _THREADGROUP.sub(lambda m: f"{m[1]}{m[2] or ''}AWQ_THREADGROUP{m[3]}", source)
     body = _VECTOR.sub(r"*awq_at<\1>(", body)
-    parts, at = [f'#include "awq_{language}.h"\n#line 1 "kernels"\n'], 0
+    parts, at = ['#line 1 "kernels"\n'], 0
     for match in _KERNEL[language].finditer(body):
         parts.append(body[at : match.start()])
         line = body.count("\n", 0, match.start()) + 1
@@ -60,6 +61,14 @@ def shim_source(language: str, source: str) -> ShimSource:
     parts.append(body[at:])
     parts += [f"\nAWQ_KERNEL({name}, awq_{language}_caller)" for name in kernels]
     return ShimSource(language, "".join(parts) + "\n", kernels)
+
+
+def joined(sources: Sequence[ShimSource]) -> ShimSource:
+    """Several sources as one to compile; each in a namespace, for Metal's repeat their declarations."""
+    language = sources[0].language
+    parts = [f"namespace awq_unit_{i} {{\n{s.text}\n}}\n" for i, s in enumerate(sources)]
+    kernels = tuple(name for s in sources for name in s.kernels)
+    return ShimSource(language, f'#include "awq_{language}.h"\n' + "".join(parts), kernels)
 
 
 def _without_ptx(source: str) -> str:

@@ -191,10 +191,7 @@ class VulkanExecutor:
         grid: tuple[int, int, int],
         block: tuple[int, int, int] | None = None,
     ) -> None:
-        """Runs a kernel and waits for it. Arrays that it writes are updated in place.
-
-        The threads of a block are fixed in the shader; `block`, where given, must say the same.
-        """
+        """Runs a kernel and waits for it. `block`, where given, must be what the shader was compiled for."""
         pipeline = self._pipeline(kernel)
         if block is not None and block != pipeline.shader.local_size:
             raise UsageError(f"{kernel} was compiled for {pipeline.shader.local_size} threads a block, not {block}")
