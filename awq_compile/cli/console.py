@@ -129,7 +129,7 @@ def nbytes(value: float) -> str:
 
 def shown(path: Path) -> str:
     """A path as short as it can be typed from here."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if path.resolve().is_relative_to(base):
+            return f"{prefix}{path.resolve().relative_to(base)}"
+    return str(path)
