@@ -60,6 +60,8 @@ class View:
 class Memory:
     """Emits accesses. `read_only` names the bindings that the kernel never writes: their loads are values."""
 
+    packs_halves = False  # set where the device computes with 16-bit values
+
     def __init__(self, arithmetic: Arithmetic, index: IndexEmitter, read_only: frozenset[int], no_alias: bool) -> None:
         self.arithmetic = arithmetic
         self.builder = arithmetic.builder
@@ -120,6 +122,9 @@ class Memory:
         stored = self._stored(view, dtype)
         parts: list[tuple[int, int]] = []
         for run in self.index.runs(index, view.dtype.lanes):
+            if self._is_packed(view.memory, stored, run):
+                parts += self._load_packed(view.memory, stored, run)
+                continue
             for pointer, _, width in self._pieces(view.memory, stored.element, run, writes=False):
                 parts.append((self._load_piece(view.memory, pointer, self.types.vector(stored, width)), width))
         return self._loaded(self._assemble(stored, parts), dtype)
@@ -135,6 +140,10 @@ class Memory:
         volatile = (VOLATILE,) if isinstance(view.memory, Array) and view.memory.volatile else ()
         position = 0
         for run in self.index.runs(index, view.dtype.lanes):
+            if self._is_packed(view.memory, stored, run):
+                self._store_packed(view.memory, value, run, position)
+                position += run.count
+                continue
             for pointer, offset, width in self._pieces(view.memory, stored.element, run, writes=True):
                 self.builder.effect(Op.STORE, pointer, self._cut(value, position + offset, width), *volatile)
             position += run.count
@@ -222,6 +231,43 @@ class Memory:
             self.builder.pure(Op.U_DIV, kind, position, constant),
             self.builder.pure(Op.U_MOD, kind, position, constant),
         )
+
+    # --- 16-bit values, eight at a time: 16 bytes are the widest access, and four of them are half of it
+
+    def _is_packed(self, memory: StorageBuffer | Array, dtype: DType, run: Run) -> bool:
+        """Whether a run consists of aligned eights that are accessed as four words each."""
+        if not self.packs_halves or not isinstance(memory, StorageBuffer) or dtype.bits != 16 or run.count % 8:
+            return False
+        return run.offset % 8 == 0 and run.scale * self.index.multiple(run.start) % 8 == 0
+
+    def _packed_pointer(self, memory: StorageBuffer | Array, run: Run, offset: int, *, writes: bool) -> int:
+        """To the four words at `offset` of a run."""
+        assert isinstance(memory, StorageBuffer)
+        memory.is_written |= writes
+        memory.is_read |= not writes
+        kind = self.types.pointer(StorageClass.STORAGE_BUFFER, self.types.vector(UINT32, 4))
+        chain = (self.types.integer(UINT32, 0), self._position(run, offset, 8))
+        return self.builder.pure(Op.ACCESS_CHAIN, kind, self._view_of(memory, UINT32, 4), *chain)
+
+    def _load_packed(self, memory: StorageBuffer | Array, dtype: DType, run: Run) -> list[tuple[int, int]]:
+        self.types.use(dtype)
+        words, pair, half = (self.types.vector(t, n) for t, n in ((UINT32, 4), (UINT32, 2), (dtype, 4)))
+        parts = []
+        for offset in range(0, run.count, 8):
+            loaded = self._load_piece(memory, self._packed_pointer(memory, run, offset, writes=False), words)
+            for first in (0, 2):
+                two = self.builder.pure(Op.VECTOR_SHUFFLE, pair, loaded, loaded, first, first + 1)
+                parts.append((self.builder.pure(Op.BITCAST, half, two), 4))
+        return parts
+
+    def _store_packed(self, memory: StorageBuffer | Array, value: Value, run: Run, position: int) -> None:
+        self.types.use(value.dtype)
+        words, pair = self.types.vector(UINT32, 4), self.types.vector(UINT32, 2)
+        for offset in range(0, run.count, 8):
+            halves = [self._cut(value, position + offset + k, 4) for k in (0, 4)]
+            two = [self.builder.pure(Op.BITCAST, pair, half) for half in halves]
+            packed = self.builder.pure(Op.COMPOSITE_CONSTRUCT, words, *two)
+            self.builder.effect(Op.STORE, self._packed_pointer(memory, run, offset, writes=True), packed)
 
     # --- values from pieces and back
 

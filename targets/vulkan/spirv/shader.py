@@ -100,6 +100,7 @@ def _build(function: Any, name: str, limits: Limits) -> Shader:
     read_only = frozenset(b.binding for var, b in buffers if hash(var) not in written)
     no_alias = bool(function.attrs.get("tirx.noalias", False))
     visitor = ExpressionVisitor(builder, read_only, no_alias)
+    visitor.memory.packs_halves = {Capability.FLOAT16, Capability.INT16} <= limits.capabilities
     statements = StatementVisitor(visitor)
     main, entry_kind = asm.new_id(), types.function()
     builder.begin(asm.new_id())

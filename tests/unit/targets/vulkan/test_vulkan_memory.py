@@ -314,3 +314,17 @@ def test_views_of_one_array() -> None:
     a = np.random.default_rng(7).standard_normal(32).astype("float32")
     _, b = Built(main)(executor(), a, np.zeros(32, "uint32"))
     np.testing.assert_array_equal(b, a[::-1].view("uint32"))
+
+
+def test_eight_halves_are_one_access() -> None:
+    """Aligned vectors of 8 halves move as 16 bytes, the widest access."""
+
+    def body(tx: Any, a: Any, b: Any) -> None:
+        I.buffer_store(b, a[I.ramp(tx * 8, 1, 8)] * tirx.Broadcast(tirx.const(2, "float16"), 8), [I.ramp(tx * 8, 1, 8)])
+
+    built = Built(kernel({"a": (256, "float16"), "b": (256, "float16")}, body))
+    (shader,) = built.shaders.values()
+    assert sum(op == Op.LOAD for op, _ in shader._instructions()) == 2, "the vector and the thread index"
+    a = np.random.default_rng(8).standard_normal(256).astype("float16")
+    _, b = built(executor("float16", "int16", "storage16"), a, np.zeros_like(a))
+    np.testing.assert_array_equal(b, a * 2)
