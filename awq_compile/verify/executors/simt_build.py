@@ -21,7 +21,7 @@ _FLAGS: Final = (
         "-x",
         "c++",
         "-std=gnu++20",
-        "-O1",
+        "-O2",
         "-g0",
         "-shared",
         "-fPIC",

@@ -66,7 +66,9 @@ def shim_source(language: str, source: str) -> ShimSource:
 def joined(sources: Sequence[ShimSource]) -> ShimSource:
     """Several sources as one to compile; each in a namespace, for Metal's repeat their declarations."""
     language = sources[0].language
-    parts = [f"namespace awq_unit_{i} {{\n{s.text}\n}}\n" for i, s in enumerate(sources)]
+    # What a namespace overloads would hide the overloads outside.
+    known = {"cuda": "using ::max;\nusing ::min;\n", "metal": ""}[language]
+    parts = [f"namespace awq_unit_{i} {{\n{known}{s.text}\n}}\n" for i, s in enumerate(sources)]
     kernels = tuple(name for s in sources for name in s.kernels)
     return ShimSource(language, f'#include "awq_{language}.h"\n' + "".join(parts), kernels)
 

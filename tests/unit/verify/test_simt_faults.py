@@ -179,3 +179,18 @@ def test_ptx_outside_the_functions_that_are_emulated_is_refused() -> None:
     unknown = '__device__ void mine(int* p) {\n  asm("mov.u32 %0, 1;" : "=r"(*p));\n}\n' + CUDA_SUM
     with pytest.raises(CompileError, match="device function mine holds inline PTX"):
         launch("cuda", unknown, [np.zeros(64, np.float32), np.zeros(1, np.float32), 1], block=64)
+
+
+def test_overloads_of_the_source_stand_beside_those_of_the_device() -> None:
+    """TVM's prelude adds min and max of half; those of integers must stay visible."""
+    source = """
+#include <cuda_fp16.h>
+__device__ half min(half a, half b) { return __hlt(__half(a), __half(b)) ? a : b; }
+extern "C" __global__ void min_kernel(half* __restrict__ x, int64_t n) {
+  x[min((int64_t)threadIdx.x, n - (int64_t)1)] = min(x[threadIdx.x], __float2half_rn(0.5f));
+}
+"""
+    x = np.linspace(0, 1, 32).astype(np.float16)
+    expected = np.minimum(x, np.float16(0.5))
+    launch("cuda", source, [x, 32])
+    np.testing.assert_array_equal(x, expected)

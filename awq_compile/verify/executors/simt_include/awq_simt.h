@@ -247,7 +247,8 @@ static bool awq_run_block(int order_kind, unsigned* order, unsigned* seed) {
   unsigned n = awq_thread_count;
   for (unsigned i = 0; i < n; ++i) {
     awq_fiber& f = awq_fibers[i];
-    f.sp = awq_new_stack(awq_stacks + (size_t)(i + 1) * AWQ_STACK_BYTES, awq_fiber_main);
+    // Tops at different distances from the end of their memory, or all would share a few lines of the cache.
+    f.sp = awq_new_stack(awq_stacks + (size_t)(i + 1) * AWQ_STACK_BYTES - i % 61 * 704 / 16 * 16, awq_fiber_main);
     f.state = AWQ_READY;
     f.line = f.posted = f.released = 0;
     f.async_count = f.async_group = 0;
