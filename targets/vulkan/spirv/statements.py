@@ -21,7 +21,6 @@ Stmt = Any
 
 _STORAGE = {
     "local": StorageClass.FUNCTION,
-    "warp": StorageClass.FUNCTION,
     "shared": StorageClass.WORKGROUP,
     "shared.dyn": StorageClass.WORKGROUP,
 }
