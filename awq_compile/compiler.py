@@ -159,13 +159,14 @@ def compile_library(
     import tvm
     from tvm import relax
 
-    from awq_compile.verify.sidecar import TableRecorder, write_sidecar
+    from awq_compile.verify.record import LaunchRecorder
+    from awq_compile.verify.sidecar import write_sidecar
 
     start = time.monotonic()
     parameters = tuple(model_parameters(config, scheme))
     context = CompileContext(config, scheme, target, options, parameters, shipped_records())
     tvm_target = tvm.target.Target(target.tvm_target)
-    recorder = TableRecorder()
+    recorder = LaunchRecorder()
     instruments = [recorder.instrument(), *([_dump_instrument(dump)] if dump is not None else [])]
     # Common subexpressions are left to the compilers behind: TVM's pass doubles every line it finds.
     options_of_tvm = {"tirx.disable_cse_tir": True}

@@ -1,10 +1,10 @@
 """The files beside a library that `verify` needs: launch tables and, for CUDA, the source of the machine code.
 
     lib/demo-w4g128-opencl.so
-    lib/demo-w4g128-opencl.so.launch.json      {"format", "version", "library": sha256, "source": sha256 | null, "tables"}
+    lib/demo-w4g128-opencl.so.launch.json      {"format", "version", "library", "source", "tables"}
     lib/demo-w4g128-cuda-sm_80.so.cu           CUDA C++, only for CUDA
 
-The digests bind the three together; the tables are read like input from a stranger.
+`library` and `source` are digests, which bind the three together; the tables are read like a stranger's input.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from awq_compile.errors import ArtifactError, CompileError
+from awq_compile.errors import ArtifactError
 from awq_compile.manifest import file_sha256
-from awq_compile.verify.launch_table import Table, kernels_of
-from awq_compile.verify.record import launch_tables
+from awq_compile.verify.launch_table import Table
 
 FORMAT: Final = "awq-compile launch tables"
 VERSION: Final = 1
@@ -33,45 +32,6 @@ class Sidecar:
 
     tables: Mapping[str, Table]
     source: str = ""
-
-
-@dataclass(frozen=True)
-class TableRecorder:
-    """Records the launch tables of a whole library while TVM builds it; host code without kernels is passed over."""
-
-    tables: dict[str, Table] = field(default_factory=dict)
-
-    def instrument(self) -> Any:
-        """The instrument to give to `PassContext`."""
-        import tvm
-
-        recorder = self
-
-        @tvm.instrument.pass_instrument
-        class Record:
-            def run_after_pass(self, module: Any, info: Any) -> None:
-                if str(info.name) == "tirx.SplitHostDevice":
-                    recorder.record(module)
-
-        return Record()
-
-    def record(self, module: Any) -> None:
-        """Raises `CompileError` where a kernel is launched by host code that no table can say."""
-        import tvm
-
-        kernels, hosts = {}, {}
-        for var, function in module.functions.items():
-            (kernels if "tirx.kernel_launch_params" in function.attrs else hosts)[var] = function
-        unsaid: list[CompileError] = []
-        for var, function in hosts.items():
-            try:
-                self.tables.update(launch_tables(tvm.IRModule({**kernels, var: function})))
-            except CompileError as error:
-                unsaid.append(error)
-        launched = {kernel for table in self.tables.values() for kernel in kernels_of(table)}
-        missing = {str(f.attrs["global_symbol"]) for f in kernels.values()} - launched
-        if missing:
-            raise unsaid[0] if unsaid else CompileError(f"nothing launches the kernel {min(missing)}")
 
 
 def table_path(library: Path) -> Path:

@@ -1,0 +1,102 @@
+"""`Case`: arguments of a PrimFunc and what must be in its buffers afterwards. Outputs start as poison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from awq_compile.verify.executors.base import Argument
+from awq_compile.verify.launch_table import Table, View
+from awq_compile.verify.tolerance import within
+
+Array = npt.NDArray[Any]
+POISON: Final = 0xCD
+_OFFSETS: Final = {4: 3}  # elements, by their size; larger ones where kernels load vectors
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A buffer's contents after the call: `values` in float64, and the largest error of each element."""
+
+    values: npt.NDArray[np.float64]
+    bound: npt.ArrayLike = 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """`arguments` in the PrimFunc's order; `expected` by argument number. All other arrays must stay as they were."""
+
+    label: str
+    arguments: Sequence[Argument]
+    expected: Mapping[int, Expected]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one case: the error nearest to its bound, and why it failed."""
+
+    error: float
+    bound: float
+    reason: str = ""
+
+
+def judge(case: Case, after: Sequence[Argument]) -> Outcome:
+    """Compares the arguments after the call with what the case expects."""
+    worst = Outcome(0.0, 0.0)
+    for number, (before, now) in enumerate(zip(case.arguments, after, strict=True)):
+        if not isinstance(now, np.ndarray):
+            continue
+        if number not in case.expected:
+            if now.tobytes() != np.asarray(before).tobytes():
+                return Outcome(np.inf, 0.0, f"argument {number}, an input, was changed")
+            continue
+        expected = case.expected[number]
+        error, bound, reason = within(now, expected.values, expected.bound)
+        if reason:
+            return Outcome(error, bound, f"argument {number}: {reason}")
+        if error * (worst.bound or np.inf) >= worst.error * (bound or np.inf) or worst.bound == 0:
+            worst = Outcome(error, bound)
+    return worst
+
+
+def call_arguments(table: Table, case: Case) -> list[Argument | View]:
+    """Copies to run on. An array that the host code takes with an offset gets one, as the runtime passes its views."""
+    found: list[Argument | View] = []
+    for param, argument in zip(table["params"], case.arguments, strict=True):
+        if not isinstance(argument, np.ndarray):
+            found.append(argument)
+        elif "elem_offset" in param:
+            before = poisoned((_OFFSETS.get(argument.itemsize, 64),), str(argument.dtype))
+            base = np.concatenate([before, argument.reshape(-1)])
+            found.append(View(base, len(before), argument.shape))
+        else:
+            found.append(argument.copy())
+    return found
+
+
+def arrays_after(arguments: Sequence[Argument | View]) -> list[Argument]:
+    """What the arguments of a call hold."""
+    return [a.base[a.offset :].reshape(a.shape) if isinstance(a, View) else a for a in arguments]
+
+
+def poisoned(shape: Sequence[int], dtype: str) -> Array:
+    """NaN, or bytes 0xCD for integers: what a kernel does not write is seen."""
+    if np.dtype(dtype).kind == "f":
+        return np.full(tuple(shape), np.nan, dtype)
+    array = np.empty(tuple(shape), dtype)
+    array.reshape(-1).view(np.uint8)[...] = POISON
+    return array
+
+
+def ints(values: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    """As the runtime passes positions and indices."""
+    return np.ascontiguousarray(values, np.int32)
+
+
+def shape_of(table: Table, name: str) -> list[Any]:
+    """Shape of a parameter in a launch table: numbers and expressions."""
+    return next(list(p["shape"]) for p in table["params"] if p["name"] == name)

@@ -1,0 +1,1 @@
+"""Arguments to run a PrimFunc on, and what must come out."""

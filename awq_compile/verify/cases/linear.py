@@ -1,0 +1,42 @@
+"""Cases of planned linears and embeddings: always against float64 from the packed codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from awq_compile.formats import WeightSpec
+from awq_compile.problem import MatmulProblem
+from awq_compile.verify.case import Case, Expected, ints, poisoned
+from awq_compile.verify.oracles.linear import arrays_of, linear, random_matrix, rows_of, values_of
+from awq_compile.verify.tolerance import stored, summed
+
+
+def linear_cases(problem: MatmulProblem, rows: Sequence[int], rng: np.random.Generator) -> Iterator[Case]:
+    """M of each of `rows`; fresh x, and one W for all."""
+    matrix = random_matrix(problem.spec, problem.weight_rows, problem.k, rng)
+    for m in rows:
+        x = rng.standard_normal((m, problem.k)).astype(problem.dtype)
+        bias = rng.standard_normal(problem.n).astype(np.float16) if problem.epilogue.bias else None
+        residual = rng.standard_normal((m, problem.n)).astype(problem.dtype) if problem.epilogue.residual else None
+        expected, bound = linear(problem, x, matrix, bias, residual)
+        extra: list[Any] = [array for array in (bias, residual) if array is not None]
+        arguments = [x, *arrays_of(matrix), *extra, poisoned((m, problem.n), problem.dtype)]
+        yield Case(f"M={m}", arguments, {len(arguments) - 1: Expected(expected, bound)})
+
+
+def embedding_cases(
+    spec: WeightSpec, vocab: int, hidden: int, dtype: str, rows: Sequence[int], rng: np.random.Generator
+) -> Iterator[Case]:
+    """Ids over the whole vocabulary, its ends and beyond among them: those are clipped."""
+    matrix = random_matrix(spec, vocab, hidden, rng)
+    for n in rows:
+        ids = rng.integers(0, vocab, n)
+        edges = [vocab - 1, 0, -1, vocab]
+        ids[: len(edges)] = edges[:n]
+        expected = values_of(rows_of(matrix, np.clip(ids, 0, vocab - 1)))
+        bound = summed(0, np.abs(expected)) + stored(expected, dtype)
+        arguments = [ints(ids), *arrays_of(matrix), poisoned((n, hidden), dtype)]
+        yield Case(f"n={n}", arguments, {len(arguments) - 1: Expected(expected, bound)})

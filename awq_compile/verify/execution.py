@@ -1,0 +1,121 @@
+"""Which executor runs the code of a target on this machine, and loading it there."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from awq_compile.errors import ArtifactError, EnvironmentMissingError
+from awq_compile.targets.base import TargetSpec
+from awq_compile.verify.device_code import DeviceModule
+from awq_compile.verify.executors.base import Argument, DeviceCode, Size3
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Device code, ready to run on `device`."""
+
+    device: str
+    run: Callable[[str, Sequence[Argument], Size3, Size3, int], None]
+
+    def launch(self, kernel: str, args: Sequence[Argument], grid: Size3, block: Size3, dynamic_shared: int = 0) -> None:
+        """See `Executor.launch`."""
+        self.run(kernel, args, grid, block, dynamic_shared)
+
+
+@contextmanager
+def load(modules: Sequence[DeviceModule], source: str, target: TargetSpec) -> Iterator[Loaded]:
+    """Loads a library's modules (of one kind) into the executor of the target's kind.
+
+    `source` is CUDA C++, which stands for machine code. Raises `EnvironmentMissingError` naming what to install.
+    """
+    kind = str(target.tvm_target["kind"])
+    if len(modules) != 1 or modules[0].kind != kind:
+        found = ", ".join(module.kind for module in modules) or "none"
+        raise ArtifactError(f"the library for {target.name} has device modules of the kinds {found}, expected {kind}")
+    module = modules[0]
+    if kind == "opencl":
+        yield from _opencl(module)
+    elif kind == "vulkan":
+        yield from _vulkan(module)
+    elif kind in ("cuda", "metal"):
+        yield from _simt(module, source)
+    else:
+        raise ArtifactError(f"nothing here runs the kernels of {kind}")
+
+
+def missing(target: TargetSpec) -> str | None:
+    """Why the kernels of a target cannot be executed here; None when they can."""
+    kind = str(target.tvm_target["kind"])
+    try:
+        if kind == "opencl":
+            from awq_compile.verify.executors import opencl
+
+            if (reason := opencl.missing()) is not None:
+                return reason
+        elif kind == "vulkan":
+            from awq_compile.verify.executors.vulkan import VulkanExecutor
+
+            VulkanExecutor().close()
+        else:
+            import ziglang  # noqa: F401
+        import lief  # noqa: F401
+    except EnvironmentMissingError as error:
+        return f"{error}; {error.hint}" if error.hint else str(error)
+    except ImportError as error:
+        return f"the package {error.name} is not installed; pip install {error.name}"
+    return None
+
+
+def _opencl(module: DeviceModule) -> Iterator[Loaded]:
+    from awq_compile.verify.executors.opencl import OpenCLExecutor
+
+    executor = OpenCLExecutor()
+    executor.load(module.device_code())
+    executor._start()
+    try:
+        yield Loaded(executor.device, lambda k, a, g, b, s: executor.launch(k, a, g, b, dynamic_shared=s))
+    finally:
+        executor.close()
+
+
+def _vulkan(module: DeviceModule) -> Iterator[Loaded]:
+    from awq_compile.targets.vulkan.spirv.shader import Shader
+    from awq_compile.verify.executors.vulkan import VulkanExecutor
+
+    shaders = {}
+    for name, code in module.kernels.items():
+        data = bytes(code)
+        if len(data) < 12 or len(data) != 12 + 4 * (count := struct.unpack_from("<Q", data, 4)[0]):
+            raise ArtifactError(f"the shader {name} is damaged: {len(data)} bytes")
+        (flag,) = struct.unpack_from("<I", data)
+        words = struct.unpack_from(f"<{count}I", data, 12)
+        shaders[name] = Shader(name, module.functions[name].arguments, flag, words)
+    with VulkanExecutor() as executor:
+        executor.load(shaders)
+
+        def run(kernel: str, args: Sequence[Any], grid: Size3, block: Size3, _: int) -> None:
+            executor.launch(kernel, args, grid, block)
+
+        yield Loaded(executor.info.name, run)
+
+
+def _simt(module: DeviceModule, source: str) -> Iterator[Loaded]:
+    from awq_compile.verify.executors.simt import SimtExecutor
+
+    executor = SimtExecutor()
+    if module.kind == "cuda":
+        if not source:
+            raise ArtifactError("the library has CUDA machine code, and its source is not beside it")
+        executor.load(DeviceCode("cuda", source))
+    else:
+        executor.load(module.device_code())
+    absent = sorted(set(module.functions) - set(executor.kernels))
+    if absent:
+        raise ArtifactError(f"the source has no kernel {absent[0]}, and the library has")
+    yield Loaded(
+        f"{module.kind} source on this CPU", lambda k, a, g, b, s: executor.launch(k, a, g, b, dynamic_shared=s)
+    )

@@ -1,0 +1,97 @@
+"""Quantised linears and embeddings from the packed codes, in float64, with derived bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from awq_compile import reference
+from awq_compile.formats import Float16Spec, QuantizedMatrix, WeightSpec, dequantize_matrix, quantize_matrix
+from awq_compile.problem import SMALL_ROWS, MatmulProblem
+from awq_compile.verify.tolerance import FUNCTION, ROUNDOFF, stored, summed
+
+Matrix = QuantizedMatrix | npt.NDArray[np.float16]
+F64 = npt.NDArray[np.float64]
+_SILU_SLOPE = 1.1  # |silu'| is below this
+
+
+def random_matrix(spec: WeightSpec, n: int, k: int, rng: np.random.Generator) -> Matrix:
+    """(n, k) with every code, scales of both signs where the format has them, and every zero point."""
+    if isinstance(spec, Float16Spec):
+        return (rng.standard_normal((n, k), np.float32) * np.float32(0.1)).astype(np.float16)
+    codes = rng.integers(0, spec.levels, (n, k), np.uint8)
+    shape = (n, k // spec.group)
+    scales = (rng.uniform(0.5, 1.5, shape) / spec.levels).astype(np.float16)
+    if spec.symmetric:
+        return quantize_matrix(codes, scales * rng.choice([-1, 1], shape).astype(np.float16), None, spec)
+    return quantize_matrix(codes, scales, rng.integers(0, spec.levels, shape, np.uint8), spec)
+
+
+def arrays_of(matrix: Matrix) -> list[npt.NDArray[Any]]:
+    """The arrays that a kernel takes."""
+    return list(matrix.arrays().values()) if isinstance(matrix, QuantizedMatrix) else [matrix]
+
+
+def rows_of(matrix: Matrix, rows: npt.NDArray[np.integer]) -> Matrix:
+    """Some rows of W."""
+    if not isinstance(matrix, QuantizedMatrix):
+        return np.asarray(matrix[rows])
+    zero = None if matrix.q_zero is None else matrix.q_zero[rows]
+    return QuantizedMatrix(matrix.spec, matrix.q_weight[rows], matrix.q_scale[rows], zero)
+
+
+def values_of(matrix: Matrix) -> F64:
+    """W in float64."""
+    if isinstance(matrix, QuantizedMatrix):
+        return np.asarray(dequantize_matrix(matrix, np.float64))
+    return matrix.astype(np.float64)
+
+
+def linear(
+    problem: MatmulProblem,
+    x: npt.NDArray[Any],
+    matrix: Matrix,
+    bias: npt.NDArray[Any] | None = None,
+    residual: npt.NDArray[Any] | None = None,
+) -> tuple[F64, F64]:
+    """(y, bound). The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
+    if isinstance(matrix, QuantizedMatrix):
+        acc = reference.linear(x, matrix)
+        error = reference.linear_bound(x, matrix, unit_roundoff=ROUNDOFF["float32"])
+    else:
+        wide, weight = x.astype(np.float64), matrix.astype(np.float64)
+        acc, error = wide @ weight.T, summed(problem.k, np.abs(wide) @ np.abs(weight).T)
+    if len(x) > SMALL_ROWS and isinstance(matrix, QuantizedMatrix):
+        rounded = np.abs(x.astype(np.float64)) @ np.abs(values_of(matrix)).T
+        error = error + 1.01 * ROUNDOFF[problem.dtype] * rounded
+    return epilogue(problem, acc, error, bias, residual)
+
+
+def epilogue(
+    problem: MatmulProblem,
+    acc: F64,
+    error: F64,
+    bias: npt.NDArray[Any] | None,
+    residual: npt.NDArray[Any] | None,
+) -> tuple[F64, F64]:
+    """(y, bound) from the products and their error."""
+    single = ROUNDOFF["float32"]
+    if bias is not None:
+        acc = acc + bias
+        error = error + single * np.abs(acc)
+    if problem.epilogue.activation == "relu":
+        acc = np.maximum(acc, 0.0)
+    if problem.epilogue.activation == "silu_mul":
+        gate, up = acc[:, : problem.n], acc[:, problem.n :]
+        of_gate, of_up = error[:, : problem.n], error[:, problem.n :]
+        activated = np.asarray(reference.silu(gate))
+        slope = _SILU_SLOPE * of_gate
+        error = slope * np.abs(up) + np.abs(activated) * of_up + slope * of_up
+        acc = activated * up
+        error = error + (FUNCTION + 4 * single) * np.abs(acc)
+    if residual is not None:
+        acc = acc + residual
+        error = error + single * np.abs(acc)
+    return acc, error + stored(np.abs(acc) + error, problem.dtype)

@@ -1,0 +1,140 @@
+"""What each PrimFunc of a library must compute, found by compiling the model again up to its unscheduled PrimFuncs.
+
+Planned linears and embeddings are known by their attributes; what the MLC runtime and TVM's KV cache call has
+fixed names; everything else is compared with LLVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from awq_compile.compiler import CompileContext, CompileOptions, lowered_module
+from awq_compile.formats import Float16Spec, QuantScheme, QuantSpec, WeightSpec
+from awq_compile.models.config import ModelConfig
+from awq_compile.models.parameters import model_parameters
+from awq_compile.targets.base import TargetSpec
+from awq_compile.tuning.database import shipped_records
+from awq_compile.verify.case import Case
+from awq_compile.verify.cases import attention, cache, engine
+from awq_compile.verify.cases.generic import build_references, generic_cases
+from awq_compile.verify.cases.linear import embedding_cases, linear_cases
+from awq_compile.verify.launch_table import Table
+
+ROWS: Final = (1, 2, 7, 8, 64, 128)
+Cases = Callable[[Table, np.random.Generator], Iterator[Case]]
+
+_ATTENTION: Final = {
+    "batch_prefill_ragged_kv": attention.ragged_prefill,
+    "batch_prefill_paged_kv": attention.paged_prefill,
+    "batch_prefill_paged_kv_sliding_window": attention.paged_prefill,
+    "batch_decode_paged_kv": attention.paged_decode,
+    "batch_decode_paged_kv_sliding_window": attention.paged_decode,
+    "batch_tree_attn": attention.ragged_tree,
+    "tree_attn_paged_kv": attention.paged_tree,
+}
+_CACHE: Final[dict[str, Cases]] = {
+    "tir_kv_cache_transpose_append": cache.append,
+    "tir_kv_cache_transpose_append_mla": cache.append_mla,
+    "tir_kv_cache_debug_get_kv": cache.debug_get_kv,
+    "copy_single_page": cache.copy_single_page,
+    "compact_kv_copy": cache.compact,
+}
+_OF_MODEL: Final = {"tir_attention_merge_state": cache.merge_state, "fused_rope": cache.split_rotary}
+_ENGINE: Final[dict[str, Cases]] = {
+    "apply_logit_bias_inplace": engine.logit_bias,
+    "apply_penalty_inplace": engine.penalty,
+    "apply_bitmask_inplace": engine.bitmask,
+    "gather_probs": engine.move_rows,
+    "scatter_probs": engine.move_rows,
+    "gather_hidden_states": engine.move_rows,
+    "scatter_hidden_states": engine.move_rows,
+}
+
+
+@dataclass(frozen=True)
+class Role:
+    """`kind` for people; `oracle` names what it is compared with; `cases` makes its arguments and results."""
+
+    kind: str
+    oracle: str
+    cases: Cases
+
+
+def roles(config: ModelConfig, scheme: QuantScheme, target: TargetSpec, options: CompileOptions) -> Mapping[str, Role]:
+    """By name of PrimFunc, without a system library's prefix."""
+    parameters = tuple(model_parameters(config, scheme))
+    module = lowered_module(CompileContext(config, scheme, target, options, parameters, shipped_records()))
+    return roles_of(module, config)
+
+
+def roles_of(module: Any, config: ModelConfig) -> dict[str, Role]:
+    """Of a module as `compiler.lowered_module` gives it."""
+    from tvm import tirx
+
+    found: dict[str, Role] = {}
+    others: dict[str, tuple[Any, int]] = {}
+    counts = _outputs(module)
+    for var, function in module.functions.items():
+        if not isinstance(function, tirx.PrimFunc):
+            continue
+        name = str(function.attrs.get("global_symbol", var.name_hint))
+        role = _known(name, function, config)
+        if role is not None:
+            found[name] = role
+        elif var in counts:
+            others[name] = (function, counts[var])
+    for name, reference in build_references(others).items():
+        found[name] = Role("other", "LLVM", lambda table, rng, r=reference: generic_cases(table, r, rng))  # type: ignore[misc]
+    return found
+
+
+def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
+    from awq_compile.kernels.embedding import EMBEDDING_TAG
+    from awq_compile.kernels.linear import TAG, decode_problem
+
+    if TAG in function.attrs:
+        problem = decode_problem(str(function.attrs[TAG]))
+        return Role("linear", "float64", lambda _, rng: linear_cases(problem, ROWS, rng))
+    if EMBEDDING_TAG in function.attrs:
+        spec = _spec(str(function.attrs[EMBEDDING_TAG]))
+        vocab, hidden = config.vocab_size, config.hidden_size
+        return Role(
+            "embedding",
+            "float64",
+            lambda table, rng: embedding_cases(spec, vocab, hidden, table["params"][-1]["dtype"], ROWS, rng),
+        )
+    if name in _ATTENTION:
+        attend = _ATTENTION[name]
+        return Role("attention", "float64", lambda table, rng: attend(table, rng, config.rope_scaling))
+    if name in _OF_MODEL:
+        of_model = _OF_MODEL[name]
+        return Role("attention", "float64", lambda table, rng: of_model(table, rng, config))
+    if name in _CACHE:
+        return Role("kv cache", "exact", _CACHE[name])
+    if name in _ENGINE:
+        return Role("engine", "float64", _ENGINE[name])
+    if name.startswith("softmax_with_temperature"):
+        return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7)))
+    return None
+
+
+def _spec(name: str) -> WeightSpec:
+    return Float16Spec() if name == Float16Spec().name else QuantSpec.parse(name)
+
+
+def _outputs(module: Any) -> dict[Any, int]:
+    """Number of results of each PrimFunc that a Relax function calls: its arrays that are not arguments of the call."""
+    from awq_compile.passes.base import bindings_of, called_op, relax_functions
+
+    counts = {}
+    for _, function in relax_functions(module):
+        for binding in bindings_of(function):
+            if called_op(binding.value) == "relax.call_tir":
+                callee, arguments = binding.value.args[0], binding.value.args[1]
+                arrays = [p for p in module[callee].params if hasattr(p.ty, "shape")]
+                counts[callee] = len(arrays) - len(arguments.fields)
+    return counts
