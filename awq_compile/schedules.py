@@ -133,9 +133,15 @@ class SimtGemmSchedule:
         return self.block_k * (self.block_m + self.block_n) * (2 if self.shared == "float16" else 4)
 
 
+MATRIX_INSTRUCTIONS: Final = {"m16n8k16": (16, 8, 16), "m16n8k8": (16, 8, 8), "simdgroup8x8": (8, 8, 8)}
+
+
 @dataclass(frozen=True)
-class MmaGemmSchedule:
-    """For `kernels.mma_gemm`: warps_m x warps_n warps share a block tile; `mma_k` is 16, or 8 before sm_80."""
+class MatrixGemmSchedule:
+    """For `kernels.mma_gemm` and `kernels.simdgroup_gemm`: warps_m x warps_n warps share a block tile.
+
+    `instruction`: `m16n8k16` (tensor cores from sm_80 on), `m16n8k8` (sm_75) or Metal's `simdgroup8x8`.
+    """
 
     block_m: int
     block_n: int
@@ -143,15 +149,22 @@ class MmaGemmSchedule:
     warps_m: int
     warps_n: int
     unit: int
-    mma_k: int = 16
+    instruction: str
     magic: bool = False
 
     def __post_init__(self) -> None:
-        whole = self.block_m % (16 * self.warps_m) == 0 and self.block_n % (16 * self.warps_n) == 0
+        if self.instruction not in MATRIX_INSTRUCTIONS or self.unit not in UNITS or self.block_k % 32:
+            raise CompileError(f"illegal {self}: instruction, unit {UNITS}, block_k a multiple of 32")
+        m, n, _ = self.shape
+        whole = self.block_m % (m * self.warps_m) == 0 and self.block_n % (2 * n * self.warps_n) == 0
         staged = self.block_m * self.block_k % (8 * self.threads) == 0
-        staged = staged and self.block_n * self.block_k % (self.unit * self.threads) == 0
-        if not whole or not staged or self.mma_k not in (8, 16) or self.block_k % 32 or self.unit not in UNITS:
-            raise CompileError(f"illegal {self}: warps of 16x16 tiles, pieces for every thread, block_k of 32")
+        if not whole or not staged or self.block_n * self.block_k % (self.unit * self.threads):
+            raise CompileError(f"illegal {self}: whole tiles for every warp, and whole pieces for every thread")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(m, n, k) of one instruction."""
+        return MATRIX_INSTRUCTIONS[self.instruction]
 
     @property
     def threads(self) -> int:
@@ -159,13 +172,19 @@ class MmaGemmSchedule:
         return 32 * self.warps_m * self.warps_n
 
     @property
+    def row(self) -> int:
+        """Elements from one row of a tile to the next: 16 bytes of padding keep rows out of each other's banks."""
+        return self.block_k + 8
+
+    @property
     def shared_bytes(self) -> int:
-        """Shared memory of both tiles, padding included."""
-        return 2 * (self.block_m + self.block_n) * (self.block_k + 8)
+        """Shared memory: both tiles, and the sums on their way to the epilogue where they must pass through it."""
+        sums = 4 * self.block_m * self.block_n if self.instruction == "simdgroup8x8" else 0
+        return 2 * (self.block_m + self.block_n) * self.row + sums
 
 
 FewRows = GemvSchedule | SimtGemvSchedule
-ManyRows = GemmSchedule | SimtGemmSchedule | MmaGemmSchedule
+ManyRows = GemmSchedule | SimtGemmSchedule | MatrixGemmSchedule
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
-from awq_compile.schedules import MmaGemmSchedule
+from awq_compile.schedules import MatrixGemmSchedule
 from awq_compile.targets.cuda_ptx import MARK, device_functions
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix
@@ -34,7 +34,7 @@ _LIMITS: Final = HardwareLimits(
 
 def _templates(arch: str) -> GpuTemplates:
     """Tensor cores take K = 16 at a time from sm_80 on."""
-    gemm = MmaGemmSchedule(64, 64, 64, 2, 2, unit=8, mma_k=_mma_k(arch), magic=True)
+    gemm = MatrixGemmSchedule(64, 64, 64, 2, 2, unit=8, instruction=f"m16n8k{_mma_k(arch)}", magic=True)
     return GpuTemplates(32, 4, 2, 32, 4, gemm, magic=True)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from awq_compile.errors import CompileError
 from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
-from awq_compile.schedules import LinearSchedule, MmaGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.schedules import LinearSchedule, MatrixGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
 from awq_compile.targets.base import TargetSpec
 
 
@@ -38,7 +38,7 @@ class GpuTemplates:
     rows: int
     unit: int
     small_batch: int
-    gemm: SimtGemmSchedule | MmaGemmSchedule
+    gemm: SimtGemmSchedule | MatrixGemmSchedule
     magic: bool = False
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import SimtGemmSchedule
+from awq_compile.schedules import MatrixGemmSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 
 _LIMITS: Final = HardwareLimits(
@@ -15,7 +15,9 @@ _LIMITS: Final = HardwareLimits(
     arguments=31,
     source="Apple, Metal Feature Set Tables, 'GPU implementation limits by family', Apple7 and later",
 )
-_TEMPLATES: Final = GpuTemplates(32, 4, 4, 32, 4, SimtGemmSchedule(64, 64, 32, 4, 4, 8))
+_TEMPLATES: Final = GpuTemplates(
+    32, 4, 4, 32, 4, MatrixGemmSchedule(32, 64, 32, 2, 2, unit=8, instruction="simdgroup8x8")
+)
 
 
 def metal_target(argument: str, host: str) -> GpuTarget:

@@ -10,10 +10,11 @@ from awq_compile.kernels.linear import LinearArgs, linear_function
 from awq_compile.kernels.mma_gemm import emit_mma_gemm
 from awq_compile.kernels.simd_gemm import emit_gemm
 from awq_compile.kernels.simd_gemv import emit_gemv
+from awq_compile.kernels.simdgroup_gemm import emit_simdgroup_gemm
 from awq_compile.kernels.simt_gemm import emit_simt_gemm
 from awq_compile.kernels.simt_gemv import emit_simt_gemv
 from awq_compile.problem import SMALL_ROWS, MatmulProblem
-from awq_compile.schedules import FewRows, GemmSchedule, GemvSchedule, LinearSchedule, ManyRows, MmaGemmSchedule
+from awq_compile.schedules import FewRows, GemmSchedule, GemvSchedule, LinearSchedule, ManyRows, MatrixGemmSchedule
 
 
 def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
@@ -39,7 +40,8 @@ def _few_rows(args: LinearArgs, schedule: FewRows, max_rows: int) -> None:
 def _many_rows(args: LinearArgs, schedule: ManyRows) -> None:
     if isinstance(schedule, GemmSchedule):
         emit_gemm(args, schedule)
-    elif isinstance(schedule, MmaGemmSchedule):
-        emit_mma_gemm(args, schedule)
+    elif isinstance(schedule, MatrixGemmSchedule):
+        emit = emit_simdgroup_gemm if schedule.instruction == "simdgroup8x8" else emit_mma_gemm
+        emit(args, schedule)
     else:
         emit_simt_gemm(args, schedule)

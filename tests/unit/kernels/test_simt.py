@@ -13,7 +13,7 @@ from awq_compile import reference
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.kernels.build import scheduled_linear
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import LinearSchedule, MmaGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.schedules import LinearSchedule, MatrixGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
 from awq_compile.verify.executors.base import Executor
 from awq_compile.verify.executors.opencl import OpenCLExecutor
 from awq_compile.verify.executors.simt import SimtExecutor
@@ -103,12 +103,13 @@ def test_integers_become_floats_by_their_bits() -> None:
         )
 
 
-@pytest.mark.parametrize("mma_k", [16, 8])
+@pytest.mark.parametrize("instruction", ["m16n8k16", "m16n8k8", "simdgroup8x8"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-def test_tensor_cores(spec: WeightSpec, mma_k: int) -> None:
+def test_matrix_instructions(spec: WeightSpec, instruction: str) -> None:
     """Two warps by two, tails in M and N, and gates beside their ups."""
+    kind = "metal" if instruction == "simdgroup8x8" else "cuda"
     unit = 32 if isinstance(spec, QuantSpec) and spec.bits == 3 else 8
-    plain = schedule(spec, "cuda")
-    chosen = LinearSchedule(plain.gemv, plain.small, MmaGemmSchedule(32, 64, 64, 2, 2, unit, mma_k))
+    plain = schedule(spec, kind)
+    chosen = LinearSchedule(plain.gemv, plain.small, MatrixGemmSchedule(32, 64, 64, 2, 2, unit, instruction))
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
-        check(MatmulProblem(72, 256, spec, epilogue, "float16"), "cuda", chosen, (9, 70))
+        check(MatmulProblem(72, 256, spec, epilogue, "float16"), kind, chosen, (9, 70))
