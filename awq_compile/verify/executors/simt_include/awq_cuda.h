@@ -227,23 +227,30 @@ static inline void __threadfence() {}
 static inline void __threadfence_block() {}
 static inline void __threadfence_system() {}
 static inline void awq_syncwarp(int line, unsigned mask = 0xFFFFFFFFu) { awq_meet(line, mask, nullptr, 0); }
+static inline void awq_check_width(int width) {
+  if (width < 1 || width > AWQ_WARP || (width & (width - 1))) __builtin_trap();  // the device's result is undefined
+}
 template <class T>
 static inline T awq_shfl(int line, unsigned mask, T value, int from, int width = AWQ_WARP) {
+  awq_check_width(width);
   unsigned base = awq_lane() / (unsigned)width * (unsigned)width;
   return awq_shuffle(line, mask, value, base + ((unsigned)from & (unsigned)(width - 1)));
 }
 template <class T>
 static inline T awq_shfl_up(int line, unsigned mask, T value, unsigned delta, int width = AWQ_WARP) {
+  awq_check_width(width);
   unsigned lane = awq_lane(), within = lane % (unsigned)width;
   return awq_shuffle(line, mask, value, within < delta ? lane : lane - delta);
 }
 template <class T>
 static inline T awq_shfl_down(int line, unsigned mask, T value, unsigned delta, int width = AWQ_WARP) {
+  awq_check_width(width);
   unsigned lane = awq_lane(), within = lane % (unsigned)width;
   return awq_shuffle(line, mask, value, within + delta >= (unsigned)width ? lane : lane + delta);
 }
 template <class T>
 static inline T awq_shfl_xor(int line, unsigned mask, T value, int bits, int width = AWQ_WARP) {
+  awq_check_width(width);
   unsigned lane = awq_lane(), other = lane ^ (unsigned)bits;
   return awq_shuffle(line, mask, value, other / (unsigned)width > lane / (unsigned)width ? lane : other);
 }

@@ -234,11 +234,23 @@ static unsigned awq_random(unsigned* state) {
   return *state;
 }
 
-static void awq_shuffle_order(unsigned* order, unsigned count, unsigned* seed) {
+static void awq_shuffle_numbers(unsigned* numbers, unsigned count, unsigned* seed) {
   for (unsigned i = count; i > 1; --i) {
-    unsigned j = awq_random(seed) % i, t = order[i - 1];
-    order[i - 1] = order[j];
-    order[j] = t;
+    unsigned j = awq_random(seed) % i, t = numbers[i - 1];
+    numbers[i - 1] = numbers[j];
+    numbers[j] = t;
+  }
+}
+
+// Threads in an order that keeps those of a warp together.
+static void awq_shuffle_order(unsigned* order, unsigned count, unsigned* seed) {
+  unsigned warps[AWQ_MAX_THREADS / AWQ_WARP], warp_count = (count + AWQ_WARP - 1) / AWQ_WARP, at = 0;
+  for (unsigned w = 0; w < warp_count; ++w) warps[w] = w;
+  awq_shuffle_numbers(warps, warp_count, seed);
+  for (unsigned w = 0; w < warp_count; ++w) {
+    unsigned start = at;
+    for (unsigned i = warps[w] * AWQ_WARP; i < count && i < (warps[w] + 1) * AWQ_WARP; ++i) order[at++] = i;
+    awq_shuffle_numbers(order + start, at - start, seed);
   }
 }
 
@@ -256,15 +268,20 @@ static bool awq_run_block(int order_kind, unsigned* order, unsigned* seed) {
     f.index = {i % awq_block_size.x, i / awq_block_size.x % awq_block_size.y, i / awq_block_size.x / awq_block_size.y};
   }
   for (;;) {
-    for (unsigned i = 0; i < n; ++i) {
-      awq_fiber& f = awq_fibers[order[i]];
-      if (f.state != AWQ_READY) continue;
-      awq_current = &f;
-      awq_switch(&awq_scheduler_sp, f.sp);
+    // A warp runs ahead of the others as far as it can: to the barrier, through its own warp operations.
+    for (unsigned start = 0, end; start < n; start = end) {
+      unsigned warp = order[start] / AWQ_WARP;
+      for (end = start; end < n && order[end] / AWQ_WARP == warp;) ++end;
+      do {
+        for (unsigned i = start; i < end; ++i) {
+          awq_fiber& f = awq_fibers[order[i]];
+          if (f.state != AWQ_READY) continue;
+          awq_current = &f;
+          awq_switch(&awq_scheduler_sp, f.sp);
+        }
+      } while (awq_release_warp(warp * AWQ_WARP));
     }
-    unsigned released = 0, finished = 0;
-    for (unsigned first = 0; first < n; first += AWQ_WARP) released += awq_release_warp(first);
-    if (released) continue;
+    unsigned finished = 0;
     const awq_fiber *barrier = nullptr, *warp_op = nullptr, *end = nullptr;
     for (unsigned i = 0; i < n; ++i) {
       const awq_fiber& f = awq_fibers[i];
