@@ -5,6 +5,7 @@ CUDA      `__shared__ alignas(64) T a[n];`           → the alignment first, wh
           `__device__ T f(...) { asm(...) }`         → removed where the headers emulate `f`, else refused
 Metal     `threadgroup T a[n];`                      → `AWQ_THREADGROUP T a[n];`; elsewhere the word is dropped
 both      `*(float4*)(p)`                            → `*awq_at<float4>(p)`, which checks the alignment
+          a loop                                     → calls `awq_preempt` at its head
           a kernel's definition                      → preceded by the name of its shared memory section
 """
 
@@ -29,6 +30,7 @@ _DYNAMIC: Final = re.compile(
 _SHARED: Final = re.compile(r"__shared__\s+(alignas\(\d+\)|__align__\(\d+\))")
 _THREADGROUP: Final = re.compile(r"^(\s*)(volatile\s+)?threadgroup(\s+\w+\s+\w+\[\d+\];)", re.MULTILINE)
 _VECTOR: Final = re.compile(r"\*\((?:(?:const|device|thread|threadgroup|volatile) )*(\w+[234])\*\)\(")
+_LOOP: Final = re.compile(r"^(\s*(?:for \([^;\n]*;[^;\n]*;[^;\n]*\)|while \(1\)) \{)$", re.MULTILINE)
 _DEVICE: Final = re.compile(r"^[^\n#;{}]*__device__[^;{}]*?\b(\w+)\s*\(([^;{}]*)\)\s*\{", re.MULTILINE)
 _ASM: Final = re.compile(r"\b(?:asm|__asm__)\b\s*(?:volatile|__volatile__)?\s*\(")
 
@@ -51,6 +53,7 @@ def shim_source(language: str, source: str) -> ShimSource:
         body = _SHARED.sub(r"\1 __shared__", body)
     else:
         body = _THREADGROUP.sub(lambda m: f"{m[1]}{m[2] or ''}AWQ_THREADGROUP{m[3]}", source)
+    body = _LOOP.sub(r"\1 awq_preempt();", body)
     body = _VECTOR.sub(r"*awq_at<\1>(", body)
     parts, at = ['#line 1 "kernels"\n'], 0
     for match in _KERNEL[language].finditer(body):

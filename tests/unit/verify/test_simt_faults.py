@@ -194,3 +194,27 @@ extern "C" __global__ void min_kernel(half* __restrict__ x, int64_t n) {
     expected = np.minimum(x, np.float16(0.5))
     launch("cuda", source, [x, 32])
     np.testing.assert_array_equal(x, expected)
+
+
+@pytest.mark.parametrize("barrier", ["__syncthreads();", ""])
+def test_the_last_thread_does_not_hide_a_race_by_writing_what_all_wrote(barrier: str) -> None:
+    """Every thread sums what all left in shared memory and writes the same element."""
+    source = f"""
+extern "C" __global__ void all_kernel(float* __restrict__ x, float* __restrict__ out) {{
+  __shared__ alignas(64) float part[64];
+  float sum = 0;
+  part[threadIdx.x] = x[threadIdx.x];
+  {barrier}
+  for (int i = 0; i < 64; ++i) {{
+    sum += part[i];
+  }}
+  out[0] = sum;
+}}
+"""
+    x, out = np.ones(64, np.float32), np.zeros(1, np.float32)
+    if barrier:
+        launch("cuda", source, [x, out], block=64)
+        assert out[0] == 64
+    else:
+        with pytest.raises(KernelError, match="all_kernel races"):
+            launch("cuda", source, [x, out], block=64)

@@ -117,6 +117,19 @@ static AWQ_NOINLINE void awq_pause(int state, int line) {
   awq_switch(&awq_current->sp, awq_scheduler_sp);
 }
 
+// At the head of a loop: in the shuffled order, another thread may come first. Else the last thread of a block to run
+// always sees what all others wrote, and hides a missing barrier by writing last.
+static unsigned awq_preempting;  // 0, or the state of a generator
+static unsigned awq_random(unsigned* state) {
+  *state ^= *state << 13;
+  *state ^= *state >> 17;
+  *state ^= *state << 5;
+  return *state;
+}
+static inline void awq_preempt() {
+  if (awq_preempting && (awq_random(&awq_preempting) & 7) == 0) awq_pause(AWQ_READY, 0);
+}
+
 static inline void awq_barrier(int line) { awq_pause(AWQ_AT_BARRIER, line); }
 
 // Meets the other lanes of the warp, each leaving `bytes` bytes for the rest. Returns the lanes that met.
@@ -202,6 +215,8 @@ static void awq_diverged(int outcome, const awq_fiber& a, const awq_fiber& b) {
 // Releases the lanes of a warp that wait in the same operation with all that it names. Returns how many.
 static unsigned awq_release_warp(unsigned first) {
   unsigned lanes = awq_thread_count - first < AWQ_WARP ? awq_thread_count - first : AWQ_WARP, released = 0;
+  for (unsigned lane = 0; lane < lanes; ++lane)
+    if (awq_fibers[first + lane].state == AWQ_READY) return 0;  // who meets is known when all have arrived somewhere
   uint32_t exist = 0, done = 0;  // a mask may name lanes that have finished
   for (unsigned lane = 0; lane < lanes; ++lane) exist |= (uint32_t)(awq_fibers[first + lane].state != AWQ_FINISHED) << lane;
   for (unsigned lane = 0; lane < lanes; ++lane) {
@@ -225,13 +240,6 @@ static unsigned awq_release_warp(unsigned first) {
     }
   }
   return released;
-}
-
-static unsigned awq_random(unsigned* state) {
-  *state ^= *state << 13;
-  *state ^= *state >> 17;
-  *state ^= *state << 5;
-  return *state;
 }
 
 static void awq_shuffle_numbers(unsigned* numbers, unsigned count, unsigned* seed) {
@@ -281,7 +289,9 @@ static bool awq_run_block(int order_kind, unsigned* order, unsigned* seed) {
         }
       } while (awq_release_warp(warp * AWQ_WARP));
     }
-    unsigned finished = 0;
+    unsigned finished = 0, ready = 0;
+    for (unsigned i = 0; i < n; ++i) ready += awq_fibers[i].state == AWQ_READY;
+    if (ready) continue;
     const awq_fiber *barrier = nullptr, *warp_op = nullptr, *end = nullptr;
     for (unsigned i = 0; i < n; ++i) {
       const awq_fiber& f = awq_fibers[i];
@@ -389,6 +399,7 @@ extern "C" int awq_launch(const awq_kernel* kernel, void* stacks, void** argumen
     unsigned n = awq_thread_count;
     unsigned long long blocks = (unsigned long long)grid[0] * grid[1] * grid[2];
     seed = seed * 2654435761u + 1;
+    awq_preempting = order_kind > 1 ? seed : 0;
     for (unsigned i = 0; i < n; ++i) order[i] = order_kind == 1 ? n - 1 - i : i;
     if (order_kind > 1) awq_shuffle_order(order, n, &seed);
     for (unsigned long long i = 0; i < blocks; ++i) {
