@@ -15,6 +15,7 @@ from tvm.target.codegen import target_has_features
 from awq_compile.errors import CompileError
 from awq_compile.kernels import cpu_attention
 from awq_compile.kernels.cpu_attention import AttentionShape
+from awq_compile.kernels.merge_state import merge_state
 from awq_compile.models.config import ModelConfig
 
 
@@ -152,4 +153,8 @@ def _create_for_gpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target
         dtype=dtype,
         target=target,
     )
+    builder = relax.BlockBuilder.current()
+    merge = next(v for v in builder.get().get_global_vars() if v.name_hint == "tir_attention_merge_state")
+    threads = int(target.attrs["max_num_threads"])
+    builder.update_func(merge, merge_state(c.num_heads, c.head_dim, dtype, threads))  # TVM's own races
     return cache._expr
