@@ -9,13 +9,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from awq_compile.verify.executors.base import Argument
+from awq_compile.verify.executors.base import Argument, KernelError
 from awq_compile.verify.launch_table import Table, View
 from awq_compile.verify.tolerance import within
 
 Array = npt.NDArray[Any]
 POISON: Final = 0xCD
-_OFFSETS: Final = {4: 3}  # elements, by their size; larger ones where kernels load vectors
+_INTEGERS: Final = (3, 512)  # elements before and behind
+_OTHERS: Final = (64, 0)  # kernels load vectors, and must not leave these
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,41 @@ def judge(case: Case, after: Sequence[Argument]) -> Outcome:
 
 
 def call_arguments(table: Table, case: Case) -> list[Argument | View]:
-    """Copies to run on. An array that the host code takes with an offset gets one, as the runtime passes its views."""
+    """Copies to run on.
+
+    An array that the host code takes with an offset gets one. Integers lie in the midst of a larger buffer, as the
+    runtime passes them: TVM's kernels read, but do not use, entries behind the end.
+    """
     found: list[Argument | View] = []
     for param, argument in zip(table["params"], case.arguments, strict=True):
         if not isinstance(argument, np.ndarray):
             found.append(argument)
         elif "elem_offset" in param:
-            before = poisoned((_OFFSETS.get(argument.itemsize, 64),), str(argument.dtype))
-            base = np.concatenate([before, argument.reshape(-1)])
-            found.append(View(base, len(before), argument.shape))
+            before, behind = _INTEGERS if argument.dtype == np.int32 else _OTHERS
+            around = [poisoned((n,), str(argument.dtype)) for n in (before, behind)]
+            base = np.concatenate([around[0], argument.reshape(-1), around[1]])
+            found.append(View(base, before, argument.shape))
         else:
             found.append(argument.copy())
     return found
 
 
 def arrays_after(arguments: Sequence[Argument | View]) -> list[Argument]:
-    """What the arguments of a call hold."""
-    return [a.base[a.offset :].reshape(a.shape) if isinstance(a, View) else a for a in arguments]
+    """What the arguments of a call hold. Raises `KernelError` when something beside them was written."""
+    found: list[Argument] = []
+    for number, argument in enumerate(arguments):
+        if isinstance(argument, View):
+            base, start = argument.base, argument.offset
+            stop = start + int(np.prod(argument.shape, dtype=np.int64))
+            if any(
+                part.tobytes() != poisoned(part.shape, str(part.dtype)).tobytes()
+                for part in (base[:start], base[stop:])
+            ):
+                raise KernelError(f"something beside argument {number} was written")
+            found.append(base[start:stop].reshape(argument.shape))
+        else:
+            found.append(argument)
+    return found
 
 
 def poisoned(shape: Sequence[int], dtype: str) -> Array:

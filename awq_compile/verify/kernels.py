@@ -185,13 +185,14 @@ def _run(table: Table, case: Case, recording: _Recording) -> Outcome:
     arguments = call_arguments(table, case)
     try:
         run_prim_func(table, recording, arguments)
+        after = arrays_after(arguments)
     except EnvironmentMissingError:
         raise
     except AwqCompileError as error:
         return Outcome(np.inf, 0.0, str(error))
     except (MemoryError, OverflowError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         return Outcome(np.inf, 0.0, f"its launch table cannot be followed: {error!r:.200}")
-    return judge(case, arrays_after(arguments))
+    return judge(case, after)
 
 
 def _note(row: KernelRow, case: Case, outcome: Outcome) -> None:
