@@ -306,6 +306,10 @@ def _library(target: str, entry: Json) -> str:
     check = entry["verification"]
     if not check["ran"]:
         verified = f'<span class="soft">not run: {escape(str(check["reason"]))}</span>'
+    elif "kernels" in check:
+        words = f"{check['kernels']} kernels in {check['launches']} launches: each within its bound of the reference"
+        style = "good" if check["passed"] else "bad"
+        verified = f'<span class="{style}">{escape(words)}</span>'
     else:
         words = f"every logit within {check['at_most']:g} of torch's on the same weights, over {check['tokens']} tokens"
         style = "good" if check["passed"] else "bad"

@@ -1,4 +1,4 @@
-"""After packaging: the library's logits against torch's on the same dequantised weights."""
+"""After packaging: a CPU library's logits against torch's on the same dequantised weights, a GPU's kernels singly."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from awq_compile.awq.checkpoint import QuantizedModel
     from awq_compile.targets.base import TargetSpec
+    from awq_compile.verify.kernels import KernelVerification
 
 TOLERANCE: Final = 2e-3  # largest difference of a float32 logit
 TOKENS: Final = 48  # enough to cross KV cache pages of 16
@@ -37,6 +38,10 @@ class Verification:
         """For people."""
         if not self.ran:
             return f"not verified: {self.reason}"
+        if not self.passed:
+            return (
+                f"its logits differ from torch's by {self.max_difference:.3g} (at most {self.tolerance:.0e} is allowed)"
+            )
         return f"logits within {self.max_difference:.1e} of torch's over {self.tokens} tokens"
 
     def to_json(self) -> dict[str, Any]:
@@ -62,8 +67,10 @@ def round_up(value: float) -> float:
     return next(step for step in steps if step >= value)
 
 
-def verify_library(dist_dir: Path, model: QuantizedModel, target: TargetSpec) -> Verification:
-    """Runs the library on fixed tokens, prefill and decode, and compares every logit with torch's."""
+def verify_library(dist_dir: Path, model: QuantizedModel, target: TargetSpec) -> Verification | KernelVerification:
+    """Compares with torch what runs here, prefill and decode, every logit; and with float64 every device kernel."""
+    if target.has_device_code:
+        return _verify_kernels(dist_dir, model, target)
     if (reason := cannot_run(target)) is not None:
         return Verification(ran=False, reason=reason)
     if (reason := _too_large(model)) is not None:
@@ -77,6 +84,19 @@ def verify_library(dist_dir: Path, model: QuantizedModel, target: TargetSpec) ->
     found = Engine(dist_dir, target=target.name).logits(tokens)
     worst = float(np.max(np.abs(found.astype(np.float64) - expected)))
     return Verification(ran=True, tokens=count, max_difference=worst if math.isfinite(worst) else math.inf)
+
+
+def _verify_kernels(dist_dir: Path, model: QuantizedModel, target: TargetSpec) -> Verification | KernelVerification:
+    """Where this machine has what it takes, and in bearable time."""
+    from awq_compile.manifest import open_dist
+    from awq_compile.verify.dist import verify_target
+    from awq_compile.verify.execution import missing, too_slow
+
+    if (reason := missing(target)) is not None:
+        return Verification(ran=False, reason=reason)
+    if (reason := too_slow(model.config, target)) is not None:
+        return Verification(ran=False, reason=f"{reason}; awq-compile verify does it")
+    return verify_target(open_dist(dist_dir), target)
 
 
 def cannot_run(target: TargetSpec) -> str | None:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from awq_compile.models.config import ModelConfig
     from awq_compile.targets.base import TargetSpec
     from awq_compile.verification import Verification
+    from awq_compile.verify.kernels import KernelVerification
+
+    Checks = dict[str, Verification | KernelVerification]  # by target
 
 DEFAULT_CONTEXT: Final = 8192  # a longer window of the model is opt-in: the KV cache is allocated for it
 DEFAULT_PREFILL: Final = 512
@@ -194,7 +197,7 @@ class Built:
     report: dict[str, Any]
     checkpoint: Path
     compile_seconds: dict[str, float]
-    verification: dict[str, Verification]
+    verification: Checks
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ class _Job:
                 model.config, model.scheme, **limits, tokenizer_dir=model.path, tokenizer_files=tokenizer
             )
             dist.write_text(CHAT_CONFIG, config)
+            dist.write_text("lib/config.json", (model.path / "config.json").read_text(encoding="utf-8"))
             compiled, took = self._compile(dist)
             dist.manifest(name, model.scheme, recorded)  # what the runtime needs to open it for the next two steps
             checks = self._verify(dist)
@@ -270,8 +274,8 @@ class _Job:
             compiled[target.name] = {k: v for k, v in asdict(found).items() if k not in _NOT_REPORTED}
         return compiled, took
 
-    def _verify(self, dist: DistWriter) -> dict[str, Verification]:
-        """Compares each library that can run here with torch; a difference beyond the tolerance stops the job."""
+    def _verify(self, dist: DistWriter) -> Checks:
+        """Compares what can run here with torch, and device kernels with float64; a difference stops the job."""
         from awq_compile.verification import verify_library
 
         found = {}
@@ -280,15 +284,14 @@ class _Job:
             check = verify_library(dist.path, self.model, target)
             if check.ran and not check.passed:
                 raise CompileError(
-                    f"the library for {target.name} computes logits that differ from torch's by "
-                    f"{check.max_difference:.3g} (at most {check.tolerance:.0e} is allowed)",
+                    f"the library for {target.name}: {check.words()}",
                     hint="this is a bug in awq-compile: --dump DIR shows what each pass did",
                 )
             found[target.name] = check
         return found
 
     def _evaluate(
-        self, dist: DistWriter, text: Path, windows: int | None, measured: list[Path], checks: dict[str, Verification]
+        self, dist: DistWriter, text: Path, windows: int | None, measured: list[Path], checks: Checks
     ) -> dict[str, Any]:
         """Perplexities, of what this machine can run."""
         candidates = []
@@ -297,7 +300,7 @@ class _Job:
         else:
             label = f"{self.model.method} {self.model.scheme.name}, torch"
             candidates = [checkpoint_candidate(self.model.path, self.model.method, label)]
-        if any(check.ran for check in checks.values()):
+        if any(checks[target.name].ran and target.runs_here for target in self.targets):
             candidates.append(library_candidate(dist.path, "compiled library"))
         window = min(DEFAULT_WINDOW, self.options.context_window_size)
         return measure(candidates, text, self.model.path, window, windows, self.output)
@@ -305,6 +308,8 @@ class _Job:
 
 def _tell(built: Built, output: Output) -> None:
     """Where things are, and how large."""
+    from awq_compile.verification import Verification
+
     report = built.report
     size = report["sizes"]
     output.say(f"{shown(built.path)}: {report['model']} as {report['scheme']}")
@@ -318,7 +323,7 @@ def _tell(built: Built, output: Output) -> None:
         output.say(f"  library     {entry['path']}, {nbytes(entry['nbytes'])}, compiled in {took}; {check.words()}")
     output.say(f"  checkpoint  {shown(built.checkpoint)}")
     output.say(f"  report      {shown(built.path / 'report.html')}")
-    if any(check.ran for check in built.verification.values()):
+    if any(isinstance(check, Verification) and check.ran for check in built.verification.values()):
         output.say(f'next: awq-compile run {shown(built.path)} --prompt "…"')
     if report["evaluation"]:
         show(report["evaluation"], output)

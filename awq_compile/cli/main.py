@@ -16,17 +16,18 @@ from typing import Any, Final
 import typer
 
 from awq_compile import __version__
-from awq_compile.cli import bench, build, doctor, evaluate, inspect, quantize, run, targets
+from awq_compile.cli import bench, build, doctor, evaluate, inspect, quantize, run, targets, verify
 from awq_compile.errors import AwqCompileError, ExitCode, UsageError
 
 # Words of the design that this version does not have; a folder of that name is ./chat.
-PLANNED: Final = ("chat", "deploy", "export", "sweep", "tune", "verify")
+PLANNED: Final = ("chat", "deploy", "export", "sweep", "tune")
 
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 _EPILOG: Final = (
     "Verbs, each with its own --help: "
     "quantize (AWQ only), run (generate text), bench (tokens per second), eval (perplexity and KL divergence), "
-    "inspect (what a directory holds), targets, doctor (what works on this machine). "
+    "verify (every kernel against the reference), inspect (what a directory holds), "
+    "targets, doctor (what works on this machine). "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 130 interrupted."
 )
 
@@ -41,13 +42,14 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     verbs.command("run")(run.run)
     verbs.command("bench")(bench.bench)
     verbs.command("eval")(evaluate.evaluate)
+    verbs.command("verify")(verify.verify)
     verbs.command("inspect")(inspect.inspect)
     verbs.command("targets")(targets.targets)
     verbs.command("doctor")(doctor.doctor)
     return job, verbs
 
 
-VERBS: Final = ("quantize", "run", "bench", "eval", "inspect", "targets", "doctor")
+VERBS: Final = ("quantize", "run", "bench", "eval", "verify", "inspect", "targets", "doctor")
 
 
 def dispatch(argv: list[str]) -> int:

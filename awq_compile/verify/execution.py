@@ -6,12 +6,16 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from awq_compile.errors import ArtifactError, EnvironmentMissingError
+from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
 from awq_compile.verify.device_code import DeviceModule
 from awq_compile.verify.executors.base import Argument, DeviceCode, Size3
+
+# Of the largest matrix that the main job verifies; the shim of CUDA and Metal is some fifty times slower.
+_ELEMENTS: Final = {"opencl": 1 << 28, "vulkan": 1 << 28, "cuda": 1 << 22, "metal": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ def missing(target: TargetSpec) -> str | None:
     except ImportError as error:
         return f"the package {error.name} is not installed; pip install {error.name}"
     return None
+
+
+def too_slow(config: ModelConfig, target: TargetSpec) -> str | None:
+    """Why executing all kernels would take longer than a few minutes on a CPU; None when it would not."""
+    widest = max(config.vocab_size, 2 * config.intermediate_size)
+    elements, limit = widest * config.hidden_size, _ELEMENTS[str(target.tvm_target["kind"])]
+    if elements <= limit:
+        return None
+    return f"a matrix of {elements / 1e6:.0f} million elements takes long here"
 
 
 def _opencl(module: DeviceModule) -> Iterator[Loaded]:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -69,6 +69,24 @@ class KernelVerification:
     def passed(self) -> bool:
         """Every kernel executed and right."""
         return bool(self.rows) and not self.problems and all(row.passed for row in self.rows)
+
+    ran: ClassVar[bool] = True
+
+    def words(self) -> str:
+        """For people."""
+        if self.passed:
+            return f"all {len(self.rows)} kernels right, on {self.device}"
+        return f"{len(self.failures)} failures among {len(self.rows)} kernels: {self.failures[0]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the report: no times and no device, so that equal runs give equal bytes."""
+        return {
+            "ran": True,
+            "passed": self.passed,
+            "kernels": len(self.rows),
+            "launches": sum(row.launches for row in self.rows),
+            "failures": self.failures,
+        }
 
     @property
     def failures(self) -> list[str]:

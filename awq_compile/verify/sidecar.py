@@ -3,6 +3,7 @@
     lib/demo-w4g128-opencl.so
     lib/demo-w4g128-opencl.so.launch.json      {"format", "version", "library", "source", "tables"}
     lib/demo-w4g128-cuda-sm_80.so.cu           CUDA C++, only for CUDA
+    lib/config.json                            of the model, from which all libraries were compiled
 
 `library` and `source` are digests, which bind the three together; the tables are read like a stranger's input.
 """
@@ -20,6 +21,7 @@ from awq_compile.errors import ArtifactError
 from awq_compile.manifest import file_sha256
 from awq_compile.verify.launch_table import Table
 
+CONFIG_FOLDER: Final = "lib"  # of a DIST
 FORMAT: Final = "awq-compile launch tables"
 VERSION: Final = 1
 _MAX_BYTES: Final = 256 << 20
