@@ -10,6 +10,10 @@ so that all 2^b codes are used: the element of largest magnitude takes code 2^b 
 steps from zero. With b = 4 and G = 32 this is MLC's `q4f16_1`, (q - 7) * s, bit for bit.
 Asymmetric specs store z as one uint8 per group, 0 <= z < 2^b, and a positive scale.
 
+The arrays of a matrix lie in one of two orders. "NK": a row of W is a row of each array. "KN": the same arrays
+transposed, so that neighbouring rows of W, which are neighbouring outputs, are neighbours in memory. With b = 4
+and G = 32, KN is MLC's `q4f16_0`. Quantising and checkpoints know NK only; KN is repacked from the same codes.
+
 Pure data and NumPy: this module imports neither torch nor tvm.
 """
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -28,6 +32,7 @@ from awq_compile.errors import UsageError
 
 BITS: Final = (3, 4, 8)
 GROUPS: Final = (32, 64, 128)
+ORDERS: Final = ("NK", "KN")
 BLOCK: Final = 32  # elements along K that are packed together into `bits` uint32 words
 
 U8 = npt.NDArray[np.uint8]
@@ -38,7 +43,7 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How 32 consecutive codes along K become `bits` uint32 words ("NK": rows of W stay rows).
+    """How 32 consecutive codes along K become `bits` uint32 words.
 
     A code is split into planes of 1, 2, 4 or 8 bits that divide a word, lowest bits first, so that no
     code straddles two words. Plane p of width b_p takes b_p words of the block; within a plane element i
@@ -105,21 +110,24 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Format of one quantised matrix: bits b, group G along K, symmetric or with stored zero points.
+    """Format of one quantised matrix: bits b, group G along K, symmetric or with stored zero points, and order.
 
     Arrays of a quantised (N, K) matrix: `q_weight` (N, K/32*b) uint32, `q_scale` (N, K/G) float16 and,
-    unless symmetric, `q_zero` (N, K/G) uint8.
+    unless symmetric, `q_zero` (N, K/G) uint8; each of them transposed with the order "KN".
     """
 
     bits: int
     group: int
     symmetric: bool = True
+    order: str = "NK"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise UsageError(f"bits must be one of {BITS}, got {self.bits}", hint="--bits 4")
         if self.group not in GROUPS:
             raise UsageError(f"group size must be one of {GROUPS}, got {self.group}", hint="--group-size 128")
+        if self.order not in ORDERS:
+            raise UsageError(f"the order must be one of {ORDERS}, got {self.order!r}", hint="--scheme w4g32kn")
 
     @property
     def levels(self) -> int:
@@ -138,26 +146,34 @@ class QuantSpec:
 
     @property
     def name(self) -> str:
-        """For example `w4g128` (symmetric) or `w3g32a` (asymmetric)."""
-        return f"w{self.bits}g{self.group}{'' if self.symmetric else 'a'}"
+        """For example `w4g128` (symmetric), `w3g32a` (asymmetric), `w4g32kn` (symmetric, KN)."""
+        return f"w{self.bits}g{self.group}{'' if self.symmetric else 'a'}{'kn' if self.order == 'KN' else ''}"
 
     @staticmethod
     def parse(name: str) -> QuantSpec:
         """Inverse of `name`."""
-        match = re.fullmatch(r"w(\d)g(\d+)(a?)", name)
+        match = re.fullmatch(r"w(\d)g(\d+)(a?)((?:kn)?)", name)
         if match is None:
-            raise UsageError(f"unknown quantisation format {name!r}", hint="for example w4g128, w3g64a, w8g32")
-        return QuantSpec(int(match[1]), int(match[2]), symmetric=not match[3])
+            raise UsageError(f"unknown quantisation format {name!r}", hint="for example w4g128, w3g64a, w4g32kn")
+        return QuantSpec(int(match[1]), int(match[2]), not match[3], "KN" if match[4] else "NK")
+
+    def place(self, row: Any, column: Any) -> tuple[Any, Any]:
+        """Index in a stored array of what belongs to `row` of W and lies at `column` along K: the one definition."""
+        return (row, column) if self.order == "NK" else (column, row)
+
+    def in_order(self, order: str) -> QuantSpec:
+        """The same format in another order."""
+        return replace(self, order=order)
 
     def arrays(self, n: int, k: int) -> dict[str, tuple[tuple[int, int], str]]:
         """Suffix → (shape, dtype) of the arrays that hold an (n, k) matrix, in parameter order."""
         groups = k // self.group
         found: dict[str, tuple[tuple[int, int], str]] = {
-            "q_weight": ((n, self.layout.words(k)), "uint32"),
-            "q_scale": ((n, groups), "float16"),
+            "q_weight": (self.place(n, self.layout.words(k)), "uint32"),
+            "q_scale": (self.place(n, groups), "float16"),
         }
         if not self.symmetric:
-            found["q_zero"] = ((n, groups), "uint8")
+            found["q_zero"] = (self.place(n, groups), "uint8")
         return found
 
     def nbytes(self, n: int, k: int) -> int:
@@ -193,7 +209,8 @@ class QuantScheme:
     """Formats of a whole model: the layers' linears, and embedding and LM head.
 
     Named `w4g128`, or `w4g128-h8` and `w4g128-h4` when embedding and head are quantised too (same group
-    and symmetry as the linears).
+    and symmetry as the linears). Embedding and head are always NK, also in `w4g32kn-h4`: an embedding reads
+    whole rows, and a tied head is the same matrix.
     """
 
     linear: QuantSpec
@@ -217,6 +234,10 @@ class QuantScheme:
             )
         return QuantScheme(linear, QuantSpec(int(tail[1]), linear.group, linear.symmetric))
 
+    def in_order(self, order: str) -> QuantScheme:
+        """The same codes with the linears in another order; checkpoints hold `in_order("NK")`."""
+        return replace(self, linear=self.linear.in_order(order))
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
@@ -230,7 +251,15 @@ class QuantizedMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
-        return self.q_scale.shape[0], self.q_scale.shape[1] * self.spec.group
+        n, groups = self.spec.place(*self.q_scale.shape)
+        return n, groups * self.spec.group
+
+    def in_order(self, order: str) -> QuantizedMatrix:
+        """The same codes in another order."""
+        if order == self.spec.order:
+            return self
+        arrays = {name: np.ascontiguousarray(array.T) for name, array in self.arrays().items()}
+        return QuantizedMatrix(self.spec.in_order(order), **arrays)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Suffix → array, in the order of `QuantSpec.arrays`."""
@@ -245,11 +274,13 @@ def quantize_matrix(codes: U8, scales: F16, zeros: U8 | None, spec: QuantSpec) -
     n, k = codes.shape
     if scales.shape != (n, k // spec.group) or (zeros is None) != spec.symmetric:
         raise ValueError(f"scales {scales.shape} and zeros do not fit codes {codes.shape} of {spec.name}")
-    return QuantizedMatrix(spec, spec.layout.pack(codes), np.ascontiguousarray(scales, np.float16), zeros)
+    packed = spec.layout.pack(codes), np.ascontiguousarray(scales, np.float16), zeros
+    return QuantizedMatrix(spec.in_order("NK"), *packed).in_order(spec.order)
 
 
 def dequantize_matrix(matrix: QuantizedMatrix, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
     """w = (q - z) * s, computed in `dtype`, shape (N, K)."""
+    matrix = matrix.in_order("NK")
     spec = matrix.spec
     n, k = matrix.shape
     codes = spec.layout.unpack(matrix.q_weight).astype(dtype).reshape(n, k // spec.group, spec.group)

@@ -27,6 +27,7 @@ def linear_bound(x: npt.NDArray[np.floating], weight: QuantizedMatrix, *, unit_r
     n = K + 8 counts the additions and the few roundings of one dequantised product; kernels that sum codes
     before subtracting the zero point see the terms |q| s and |z| s instead of |q - z| s, hence `codes + zero`.
     """
+    weight = weight.in_order("NK")
     spec = weight.spec
     n, k = weight.shape
     codes = spec.layout.unpack(weight.q_weight).astype(np.float64).reshape(n, k // spec.group, spec.group)

@@ -103,6 +103,45 @@ class SimtGemvSchedule:
 
 
 @dataclass(frozen=True)
+class ColumnGemvSchedule:
+    """For `kernels.column_gemv`, weights in KN: a block of (n_threads, k_threads) threads.
+
+    `columns`: neighbouring outputs per thread, read by one vector load; `unit`: weights of an output that a
+    thread decodes at a time; `batch`: rows of x computed together; `magic` as for `SimtGemvSchedule`.
+    """
+
+    n_threads: int
+    k_threads: int
+    columns: int
+    unit: int
+    batch: int = 1
+    magic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_threads < 1 or self.k_threads < 1 or self.batch < 1:
+            raise CompileError(f"illegal {self}: threads and batch of at least 1")
+        if self.columns not in (1, 2, 4) or self.unit not in UNITS:
+            raise CompileError(f"illegal {self}: columns one of (1, 2, 4), unit one of {UNITS}")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.n_threads * self.k_threads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the sums, for gates and ups."""
+        return 0 if self.k_threads == 1 else self.threads * 2 * self.columns * self.batch * 4
+
+    def fit(self, n: int) -> ColumnGemvSchedule:
+        """This schedule with as many columns as keep vector loads of an (…, n) array aligned."""
+        columns = self.columns
+        while n % columns:
+            columns //= 2
+        return replace(self, columns=columns)
+
+
+@dataclass(frozen=True)
 class SimtGemmSchedule:
     """For `kernels.simt_gemm`: block and thread tiles; `shared` is the type of the tiles in shared memory."""
 
@@ -183,7 +222,7 @@ class MatrixGemmSchedule:
         return 2 * (self.block_m + self.block_n) * self.row + sums
 
 
-FewRows = GemvSchedule | SimtGemvSchedule
+FewRows = GemvSchedule | SimtGemvSchedule | ColumnGemvSchedule
 ManyRows = GemmSchedule | SimtGemmSchedule | MatrixGemmSchedule
 
 

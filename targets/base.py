@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from awq_compile.errors import UsageError
+from awq_compile.formats import QuantScheme
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.link import link_shared
@@ -20,6 +22,7 @@ class TargetSpec(ABC):
     `tvm.target.Target`, `host` the LLVM triple of the host code; `dtype` that of activations and KV cache;
     `library_suffix` is `.so`, `.dylib`, `.dll`, or `.tar` for objects that the user links, with the symbol
     prefix of a system library where `system_lib` is set; `default_scheme` is taken without `--scheme`.
+    `orders` are those of packed weights that it reads, the preferred one first.
     `machine` names the limits that schedules depend on: targets with the same `machine` share records.
     """
 
@@ -30,12 +33,23 @@ class TargetSpec(ABC):
     library_suffix: str
     system_lib: bool
     default_scheme: str
+    orders: tuple[str, ...]
     machine: str
     runs_here: bool
 
     @abstractmethod
     def rule(self, problem: MatmulProblem) -> LinearSchedule:
         """The untuned schedule of a problem."""
+
+    def check_scheme(self, scheme: QuantScheme) -> None:
+        """Raises `UsageError` for weights in an order that the target does not read."""
+        if scheme.linear.order not in self.orders:
+            other = scheme.in_order(self.orders[0]).name
+            raise UsageError(
+                f"{self.name} reads weights in the order {' or '.join(self.orders)}, and {scheme.name} has them in "
+                f"{scheme.linear.order}",
+                hint=f"--scheme {other}, in a DIST of its own: the codes are the same",
+            )
 
     @property
     def has_device_code(self) -> bool:

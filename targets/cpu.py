@@ -131,6 +131,7 @@ def _make(name: str, triple: str, cpu: str, unit: VectorUnit, *, runs_here: bool
         library_suffix=library_suffix(triple),
         system_lib=False,
         default_scheme="w4g128",
+        orders=("NK",),
         machine=f"{unit.name}-l{unit.lanes}r{unit.registers}",
         runs_here=runs_here,
         unit=unit,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
-from awq_compile.schedules import MatrixGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
 from awq_compile.targets.cuda_ptx import MARK, device_functions
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix
@@ -35,7 +35,7 @@ _LIMITS: Final = HardwareLimits(
 def _templates(arch: str) -> GpuTemplates:
     """Tensor cores take K = 16 at a time from sm_80 on."""
     gemm = MatrixGemmSchedule(64, 64, 64, 2, 2, unit=8, instruction=f"m16n8k{_mma_k(arch)}", magic=True)
-    return GpuTemplates(32, 4, 2, 32, 4, gemm, magic=True)
+    return GpuTemplates(32, 4, 2, 32, 4, gemm, ColumnGemvSchedule(32, 8, 1, unit=8), magic=True)
 
 
 def _mma_k(arch: str) -> int:
@@ -95,6 +95,7 @@ def cuda_target(argument: str, host: str) -> CudaTarget:
         library_suffix=library_suffix(host),
         system_lib=False,
         default_scheme="w4g128",
+        orders=("NK", "KN"),
         machine=f"cuda-{archs[0]}",
         runs_here=False,
         limits=_LIMITS,

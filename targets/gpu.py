@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from awq_compile.errors import CompileError
 from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
-from awq_compile.schedules import LinearSchedule, MatrixGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.schedules import (
+    ColumnGemvSchedule,
+    FewRows,
+    LinearSchedule,
+    MatrixGemmSchedule,
+    SimtGemmSchedule,
+    SimtGemvSchedule,
+)
 from awq_compile.targets.base import TargetSpec
 
 
@@ -31,7 +38,10 @@ class HardwareLimits:
 
 @dataclass(frozen=True)
 class GpuTemplates:
-    """The untuned schedules of a device; `unit` and `rows` are what its compiler and registers take."""
+    """The untuned schedules of a device; `unit` and `rows` are what its compiler and registers take.
+
+    The first four fields are for few rows and weights in NK, `column` for few rows and weights in KN.
+    """
 
     k_threads: int
     row_groups: int
@@ -39,6 +49,7 @@ class GpuTemplates:
     unit: int
     small_batch: int
     gemm: SimtGemmSchedule | MatrixGemmSchedule
+    column: ColumnGemvSchedule
     magic: bool = False
 
 
@@ -60,8 +71,14 @@ class GpuTarget(TargetSpec):
         # 3-bit codes come in blocks of 32; wider units than 16 bytes of words are split loads.
         three = isinstance(problem.spec, QuantSpec) and problem.spec.bits == 3
         unit = 32 if three else min(t.unit, 16) if not isinstance(problem.spec, QuantSpec) else t.unit
-        gemv = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
-        small = replace(gemv, batch=t.small_batch, unit=32 if three else min(unit, 16))
+        gemv: FewRows
+        small: FewRows
+        if isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN":
+            gemv = replace(t.column, unit=32 if three else t.column.unit, magic=t.magic).fit(problem.n)
+            small = replace(gemv, batch=t.small_batch)
+        else:
+            gemv = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
+            small = replace(gemv, batch=t.small_batch, unit=32 if three else min(unit, 16))
         gemm = replace(t.gemm, unit=32 if three else t.gemm.unit)
         chosen = LinearSchedule(gemv, small, gemm)
         self.check(problem, chosen)

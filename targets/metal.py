@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import MatrixGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 
 _LIMITS: Final = HardwareLimits(
@@ -16,7 +16,13 @@ _LIMITS: Final = HardwareLimits(
     source="Apple, Metal Feature Set Tables, 'GPU implementation limits by family', Apple7 and later",
 )
 _TEMPLATES: Final = GpuTemplates(
-    32, 4, 4, 32, 4, MatrixGemmSchedule(32, 64, 32, 2, 2, unit=8, instruction="simdgroup8x8")
+    32,
+    4,
+    4,
+    32,
+    4,
+    MatrixGemmSchedule(32, 64, 32, 2, 2, unit=8, instruction="simdgroup8x8"),
+    ColumnGemvSchedule(32, 8, 1, unit=8),
 )
 
 
@@ -39,6 +45,7 @@ def metal_target(argument: str, host: str) -> GpuTarget:
         library_suffix=".tar" if ios else ".dylib",
         system_lib=ios,
         default_scheme="w4g32" if ios else "w4g128",
+        orders=("NK", "KN"),
         machine="metal-apple7",
         runs_here=False,
         limits=_LIMITS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import SimtGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix
 
@@ -38,9 +38,11 @@ _MALI: Final = HardwareLimits(
 # Units of 8 codes: larger straight-line bodies exhaust the registers of Adreno's compiler.
 _PHONE_GEMM: Final = SimtGemmSchedule(block_m=32, block_n=32, block_k=32, thread_m=4, thread_n=4, unit=8)
 _TEMPLATES: Final = {
-    "generic": GpuTemplates(32, 4, 2, 32, 4, SimtGemmSchedule(32, 64, 32, 4, 4, 8)),
-    "adreno": GpuTemplates(64, 2, 2, 8, 4, _PHONE_GEMM),
-    "mali": GpuTemplates(16, 8, 2, 8, 4, _PHONE_GEMM),
+    "generic": GpuTemplates(
+        32, 4, 2, 32, 4, SimtGemmSchedule(32, 64, 32, 4, 4, 8), ColumnGemvSchedule(32, 8, 1, unit=8)
+    ),
+    "adreno": GpuTemplates(64, 2, 2, 8, 4, _PHONE_GEMM, ColumnGemvSchedule(64, 4, 1, unit=8)),
+    "mali": GpuTemplates(16, 8, 2, 8, 4, _PHONE_GEMM, ColumnGemvSchedule(16, 8, 2, unit=8)),
 }
 _ANDROID_GPUS: Final = {"adreno": _ADRENO, "mali": _MALI, "generic": _GENERIC}
 
@@ -77,6 +79,9 @@ def _make(name: str, host: str, limits: HardwareLimits, gpu: str, scheme: str, *
         library_suffix=".tar" if archive else library_suffix(host),
         system_lib=archive,
         default_scheme=scheme,
+        # MLC's maintainers recommend q4f16_0, which is KN, on Android: there neighbouring threads are served
+        # together where they read neighbouring addresses, and Adreno's waves have 64 or 128 threads.
+        orders=("KN", "NK") if gpu == "adreno" else ("NK", "KN"),
         machine=f"opencl-{gpu}",
         runs_here=False,
         limits=limits,

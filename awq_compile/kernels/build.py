@@ -6,6 +6,9 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 
+from awq_compile.errors import CompileError
+from awq_compile.formats import QuantSpec
+from awq_compile.kernels.column_gemv import emit_column_gemv
 from awq_compile.kernels.linear import LinearArgs, linear_function
 from awq_compile.kernels.mma_gemm import emit_mma_gemm
 from awq_compile.kernels.simd_gemm import emit_gemm
@@ -14,11 +17,21 @@ from awq_compile.kernels.simdgroup_gemm import emit_simdgroup_gemm
 from awq_compile.kernels.simt_gemm import emit_simt_gemm
 from awq_compile.kernels.simt_gemv import emit_simt_gemv
 from awq_compile.problem import SMALL_ROWS, MatmulProblem
-from awq_compile.schedules import FewRows, GemmSchedule, GemvSchedule, LinearSchedule, ManyRows, MatrixGemmSchedule
+from awq_compile.schedules import (
+    ColumnGemvSchedule,
+    FewRows,
+    GemmSchedule,
+    GemvSchedule,
+    LinearSchedule,
+    ManyRows,
+    MatrixGemmSchedule,
+    SimtGemvSchedule,
+)
 
 
 def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     """The quantised linear: one function, three kernels, each by the template of its schedule."""
+    check_order(problem, schedule)
     with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args), T.If(args.m == 1):
         with T.Then():
             _few_rows(args, schedule.gemv, 1)
@@ -30,9 +43,20 @@ def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     return builder.get()
 
 
+def check_order(problem: MatmulProblem, schedule: LinearSchedule) -> None:
+    """Raises `CompileError` for a template that does not read the order in which the weights lie."""
+    kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
+    nk_only = (GemvSchedule, GemmSchedule, SimtGemvSchedule)
+    for chosen in (schedule.gemv, schedule.small, schedule.gemm):
+        if isinstance(chosen, nk_only) if kn else isinstance(chosen, ColumnGemvSchedule):
+            raise CompileError(f"{problem.name}: {type(chosen).__name__} does not read {'KN' if kn else 'NK'} weights")
+
+
 def _few_rows(args: LinearArgs, schedule: FewRows, max_rows: int) -> None:
     if isinstance(schedule, GemvSchedule):
         emit_gemv(args, schedule, max_rows)
+    elif isinstance(schedule, ColumnGemvSchedule):
+        emit_column_gemv(args, schedule, max_rows)
     else:
         emit_simt_gemv(args, schedule, max_rows)
 

@@ -9,7 +9,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.formats import BLOCK, Float16Spec, WeightSpec
+from awq_compile.errors import CompileError
+from awq_compile.formats import BLOCK, Float16Spec, QuantSpec, WeightSpec
 from awq_compile.kernels.elementwise import every
 from awq_compile.kernels.simd import cast
 
@@ -19,8 +20,13 @@ EMBEDDING_TAG: Final = "awq_compile.embedding"  # function attribute: name of th
 def embedding_take(spec: WeightSpec, vocab: int, hidden: int, dtype: str, threads: int = 0) -> Any:
     """PrimFunc (ids (n,) int32, arrays of W (vocab, hidden), y (n, hidden)); ids are clipped to the vocabulary.
 
-    Each step gives 32 elements. `threads` is the size of a block on a GPU, 0 for a loop on a CPU.
+    W is NK: its rows are what is read. Each step gives 32 elements. `threads` is the size of a block on a GPU,
+    0 for a loop on a CPU.
     """
+    if isinstance(spec, QuantSpec) and spec.order != "NK":
+        raise CompileError(
+            f"an embedding reads rows, and {spec.name} does not keep them together: its order must be NK"
+        )
     with IRBuilder() as builder, T.prim_func():
         T.func_name(f"embedding_{spec.name}_v{vocab}_h{hidden}")
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, EMBEDDING_TAG: spec.name})

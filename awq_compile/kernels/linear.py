@@ -64,8 +64,14 @@ class LinearArgs:
         """Name of the array of packed words, or of float16 weights."""
         return next(iter(self.weight))
 
+    def stored(self, name: str, row: Expr, column: Expr) -> Expr:
+        """What an array of W holds for `row` at `column` along K; a ramp may be the index that is contiguous."""
+        spec = self.problem.spec
+        place = spec.place(row, column) if isinstance(spec, QuantSpec) else (row, column)
+        return self.weight[name][place]
+
     def column(self, name: str, first_row: Expr, column: Expr, lanes: int) -> Expr:
-        """One column of an array of W, in `lanes` rows from `first_row` on."""
+        """One column of an array of W in NK, in `lanes` rows from `first_row` on."""
         width = self.weight[name].shape[1]
         return self.flat[name][ramp(first_row * width + column, lanes, width)]
 
@@ -128,9 +134,10 @@ def reference_linear(problem: MatmulProblem, rows_of_x: int | None = None) -> An
     def dequantized(i: Expr, j: Expr) -> Expr:
         if isinstance(spec, Float16Spec):
             return weight["weight"][i, j].astype("float32")
-        code = spec.layout.code(lambda word: weight["q_weight"][i, word], j).astype("float32")
-        zero = float(spec.zero) if spec.symmetric else weight["q_zero"][i, j // spec.group].astype("float32")
-        return (code - zero) * weight["q_scale"][i, j // spec.group].astype("float32")
+        code = spec.layout.code(lambda word: weight["q_weight"][spec.place(i, word)], j).astype("float32")
+        group = spec.place(i, j // spec.group)
+        zero = float(spec.zero) if spec.symmetric else weight["q_zero"][group].astype("float32")
+        return (code - zero) * weight["q_scale"][group].astype("float32")
 
     w = te.compute((rows, k), dequantized, name="dequantized")
     kk = te.reduce_axis((0, k), "kk")

@@ -9,7 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.formats import Float16Spec, WeightSpec
+from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.kernels.simd import cast, ramp
 
 Expr = Any
@@ -55,14 +55,21 @@ class ThreadReader:
     unit: int
     magic: bool = False
 
+    def split(self, index: Expr, columns: int, per_row: int) -> tuple[Expr, Expr]:
+        """(column, unit) of piece `index` of a tile: neighbouring threads take what lies side by side."""
+        if isinstance(self.spec, QuantSpec) and self.spec.order == "KN":
+            return index % columns, index // columns
+        return index // per_row, index % per_row
+
     @property
     def words(self) -> int:
         """Stored elements of a unit: uint32 words, or float16 weights."""
         return self.unit if isinstance(self.spec, Float16Spec) else self.unit * self.spec.bits // 32
 
     def load(self, read: Callable[[Expr], Expr], index: Expr) -> list[Expr]:
-        """The words of unit `index` of a row, by loads of at most 16 bytes."""
-        most = 4  # uint32x4 is the widest load of every GPU API; float16x4 the widest that Metal has
+        """The words of unit `index` of a row, by loads of at most 16 bytes; in KN they lie rows apart."""
+        kn = isinstance(self.spec, QuantSpec) and self.spec.order == "KN"
+        most = 1 if kn else 4  # uint32x4 is the widest load of every GPU API; float16x4 the widest that Metal has
         lanes = next(lanes for lanes in (4, 2, 1) if lanes <= most and self.words % lanes == 0)
         return load_vectors(read, index * self.words, self.words, lanes)
 

@@ -102,16 +102,16 @@ def _stage_w(args: LinearArgs, s: SimtGemmSchedule, tile: Buffer, bx: Expr, k0: 
         index = T.bind(i * s.threads + t)
 
         def decode(index: Expr) -> None:
-            n, unit = T.bind(index // per_row), T.bind(index % per_row)
+            n, unit = (T.bind(part) for part in reader.split(index, s.block_n, per_row))
             column = bx * outputs + (n % outputs if pairs else n)
             if problem.n % outputs:
                 column = T.min(column, problem.n - 1)
             row = T.bind(column + n // outputs * problem.n if pairs else column)
-            words = reader.load(lambda at: args.weight[args.codes][row, at], k0 // s.unit + unit)
+            words = reader.load(lambda at: args.stored(args.codes, row, at), k0 // s.unit + unit)
             scale = shift = None
             if isinstance(spec, QuantSpec):
                 group = (k0 + unit * s.unit) // spec.group
-                scale, shift = args.scale_and_shift(lambda name: args.weight[name][row, group], 1)
+                scale, shift = args.scale_and_shift(lambda name: args.stored(name, row, group), 1)
             for element in range(s.unit):
                 value = reader.value(words, element)
                 if scale is not None:

@@ -43,16 +43,16 @@ def stage_w(args: LinearArgs, s: MatrixGemmSchedule, tile: Buffer, bx: Expr, k0:
     per_row = s.block_k // s.unit
     for i in range(s.block_n * per_row // s.threads):
         index = T.bind(i * s.threads + t)
-        n, unit = T.bind(index // per_row), T.bind(index % per_row)
+        n, unit = (T.bind(part) for part in reader.split(index, s.block_n, per_row))
         column = bx * outputs + (n % outputs if pairs else n)
         if problem.n % outputs:
             column = T.min(column, problem.n - 1)
         row = T.bind(column + n // outputs * problem.n if pairs else column)
-        words = reader.load(lambda at, row=row: args.weight[args.codes][row, at], k0 // s.unit + unit)  # type: ignore[misc]
+        words = reader.load(lambda at, row=row: args.stored(args.codes, row, at), k0 // s.unit + unit)  # type: ignore[misc]
         scale = shift = None
         if isinstance(spec, QuantSpec):
             group = (k0 + unit * s.unit) // spec.group
-            scale, shift = args.scale_and_shift(lambda name, r=row, g=group: args.weight[name][r, g], 1)  # type: ignore[misc]
+            scale, shift = args.scale_and_shift(lambda name, r=row, g=group: args.stored(name, r, g), 1)  # type: ignore[misc]
         for element in range(s.unit):
             value = reader.value(words, element)
             if scale is not None:

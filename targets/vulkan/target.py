@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import SimtGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix
 
@@ -19,8 +19,12 @@ def _limits(max_threads: int, shared_kib: int, source: str) -> HardwareLimits:
     return HardwareLimits(max_threads, shared_kib << 10, 0, 8, source)
 
 
-_DESKTOP: Final = GpuTemplates(32, 4, 2, 32, 4, SimtGemmSchedule(32, 64, 32, 4, 4, 8))
-_PHONE: Final = GpuTemplates(32, 4, 2, 8, 4, SimtGemmSchedule(32, 32, 32, 4, 4, 8))
+_DESKTOP: Final = GpuTemplates(
+    32, 4, 2, 32, 4, SimtGemmSchedule(32, 64, 32, 4, 4, 8), ColumnGemvSchedule(32, 8, 1, unit=8)
+)
+_PHONE: Final = GpuTemplates(
+    32, 4, 2, 8, 4, SimtGemmSchedule(32, 32, 32, 4, 4, 8), ColumnGemvSchedule(64, 4, 1, unit=8)
+)
 _GPUS: Final = {
     "": (_limits(256, 32, f"{_REPORTS}: the least among current drivers of desktop and phone GPUs"), _DESKTOP),
     "nvidia": (_limits(1024, 48, f"{_REPORTS}, NVIDIA"), _DESKTOP),
@@ -66,6 +70,7 @@ def vulkan_target(argument: str, host: str) -> VulkanTarget:
         library_suffix=library_suffix(triple),
         system_lib=False,
         default_scheme="w4g32" if phone else "w4g128",
+        orders=("KN", "NK") if argument == "adreno" else ("NK", "KN"),
         machine=f"vulkan-{argument or 'any'}",
         runs_here=False,
         limits=limits,

@@ -9,6 +9,7 @@ from awq_compile.errors import UsageError
 from awq_compile.formats import (
     BITS,
     GROUPS,
+    ORDERS,
     PackedLayout,
     QuantScheme,
     QuantSpec,
@@ -59,20 +60,53 @@ def test_symmetric_codes_span_the_full_range_around_the_zero_point() -> None:
     assert weight[0, :2].tolist() == [-3.5, 4.0]
 
 
+def test_kn_is_mlc_q4f16_0() -> None:
+    """MLC packs q4f16_0 with q_weight[j, n] = sum over i of q[n, 8 j + i] << 4 i, and q_scale[g, n] (AWQ.md)."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (5, 96)).astype(np.uint8)
+    scales = rng.standard_normal((5, 3)).astype(np.float16)
+    matrix = quantize_matrix(codes, scales, None, QuantSpec(4, 32, order="KN"))
+    words = [[sum(int(codes[n, 8 * j + i]) << (4 * i) for i in range(8)) for n in range(5)] for j in range(12)]
+    assert matrix.q_weight.tolist() == words
+    assert matrix.q_scale.tolist() == [[float(scales[n, g]) for n in range(5)] for g in range(3)]
+    weight = dequantize_matrix(matrix)
+    assert all(weight[n, k] == (int(codes[n, k]) - 7) * float(scales[n, k // 32]) for n in range(5) for k in range(96))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_orders_hold_the_same_codes(bits: int, symmetric: bool) -> None:
+    """From NK to KN and back nothing changes, and shapes are those that the spec says."""
+    rng = np.random.default_rng(bits)
+    spec = QuantSpec(bits, 64, symmetric)
+    codes = rng.integers(0, spec.levels, (7, 128)).astype(np.uint8)
+    zeros = None if symmetric else rng.integers(0, spec.levels, (7, 2)).astype(np.uint8)
+    nk = quantize_matrix(codes, rng.uniform(1, 2, (7, 2)).astype(np.float16), zeros, spec)
+    kn = nk.in_order("KN")
+    assert kn.spec.name == spec.name + "kn" and kn.shape == nk.shape == (7, 128)
+    for name, array in kn.arrays().items():
+        assert (array.shape, str(array.dtype)) == kn.spec.arrays(7, 128)[name]
+        assert array.flags.c_contiguous and np.array_equal(array.T, nk.arrays()[name])
+        assert np.array_equal(kn.in_order("NK").arrays()[name], nk.arrays()[name])
+    assert np.array_equal(dequantize_matrix(kn), dequantize_matrix(nk))
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_names_identify_specs(bits: int, group: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_names_identify_specs(bits: int, group: int, symmetric: bool, order: str) -> None:
     """The name of a spec parses back to it, alone and as part of a scheme."""
-    spec = QuantSpec(bits, group, symmetric)
+    spec = QuantSpec(bits, group, symmetric, order)
     assert QuantSpec.parse(spec.name) == spec
     for tail in ("", "-h4", "-h8"):
         scheme = QuantScheme.parse(spec.name + tail)
         assert scheme.linear == spec
         assert scheme.name == spec.name + tail
+        assert not isinstance(scheme.head, QuantSpec) or scheme.head.order == "NK"
 
 
-@pytest.mark.parametrize("name", ["w5g128", "w4g48", "q4", "w4g128-h3", "w4g128-x", ""])
+@pytest.mark.parametrize("name", ["w5g128", "w4g48", "q4", "w4g128-h3", "w4g128-x", "w4g128kna", "w4g128nk", ""])
 def test_unknown_names_are_refused(name: str) -> None:
     """With the name or its wrong part in the message."""
     with pytest.raises(UsageError):

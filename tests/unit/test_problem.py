@@ -15,7 +15,16 @@ VARIANTS = [
     replace(BASE, n=65),
     replace(BASE, k=256),
     replace(BASE, dtype="float16"),
-    *(replace(BASE, spec=s) for s in (QuantSpec(3, 32), QuantSpec(4, 64), QuantSpec(4, 32, False), Float16Spec())),
+    *(
+        replace(BASE, spec=s)
+        for s in (
+            QuantSpec(3, 32),
+            QuantSpec(4, 64),
+            QuantSpec(4, 32, False),
+            QuantSpec(4, 32, order="KN"),
+            Float16Spec(),
+        )
+    ),
     *(
         replace(BASE, epilogue=e)
         for e in (

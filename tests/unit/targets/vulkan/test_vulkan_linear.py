@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers_vulkan import Built, executor, validate
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.kernels.build import scheduled_linear
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import LinearSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.schedules import ColumnGemvSchedule, LinearSchedule, SimtGemmSchedule, SimtGemvSchedule
 
 SPECS: list[WeightSpec] = [
     QuantSpec(4, 128),
@@ -20,6 +21,8 @@ SPECS: list[WeightSpec] = [
     QuantSpec(3, 64),
     QuantSpec(8, 32),
     Float16Spec(),
+    QuantSpec(4, 32, order="KN"),
+    QuantSpec(3, 32, False, "KN"),
 ]
 
 
@@ -36,6 +39,9 @@ def test_quantised_linear(spec: WeightSpec, subgroup: int, tmp_path: Path) -> No
         SimtGemvSchedule(subgroup or 16, 4, 4, unit, 4, subgroup),
         SimtGemmSchedule(16, 32, 32, 2, 4, unit),
     )
+    if isinstance(spec, QuantSpec) and spec.order == "KN":
+        columns = ColumnGemvSchedule(16, 4, 2, unit)
+        schedule = replace(schedule, gemv=columns, small=replace(columns, batch=3))
     problem = MatmulProblem(96, 256, spec, Epilogue(residual=True), "float16")
     built = Built(scheduled_linear(problem, schedule))
     validate(list(built.shaders.values()), tmp_path)
