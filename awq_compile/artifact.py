@@ -24,14 +24,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from awq_compile import __version__
 from awq_compile.errors import ArtifactError, EnvironmentMissingError, ModelError, UsageError
-from awq_compile.formats import QuantizedMatrix, QuantScheme
+from awq_compile.formats import QuantScheme
 from awq_compile.manifest import (
     MANIFEST,
     TENSOR_CACHE,
@@ -44,6 +43,7 @@ from awq_compile.manifest import (
 )
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import Parameter
+from awq_compile.models.stored import WeightSource, stored_arrays
 
 SHARD_BYTES: Final = 32 << 20  # MLC's; a larger tensor gets a shard of its own
 
@@ -102,18 +102,6 @@ def disk_errors(path: Path) -> Iterator[None]:
         if (clear := disk_error(error, path)) is not None:
             raise clear from error
         raise
-
-
-class WeightSource(Protocol):
-    """Where parameters come from, by Hugging Face tensor name: a `QuantizedModel`."""
-
-    def matrix(self, name: str) -> QuantizedMatrix | npt.NDArray[Any]:
-        """A linear's or the embedding's weight, packed, or float16 (N, K)."""
-        ...
-
-    def vector(self, name: str) -> npt.NDArray[Any]:
-        """A norm weight or a bias."""
-        ...
 
 
 class DistWriter:
@@ -180,7 +168,7 @@ class DistWriter:
         shards: list[dict[str, Any]] = []
         total = 0
         with disk_errors(self.final):
-            for name, shape, dtype, parts in _arrays(parameters, source):
+            for name, shape, dtype, parts in stored_arrays(parameters, source):
                 nbytes = sum(part.nbytes for part in parts)
                 if not shards or shards[-1]["nbytes"] + nbytes > SHARD_BYTES:
                     data_path = f"params_shard_{len(shards)}.bin"
@@ -271,30 +259,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if renameat2 is None:
         return False
     return bool(renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0)
-
-
-def _arrays(
-    parameters: Iterable[Parameter], source: WeightSource
-) -> Iterator[tuple[str, tuple[int, ...], str, list[npt.NDArray[Any]]]]:
-    """(name, shape, dtype, pieces whose rows are stacked) of every array, in parameter order."""
-    for parameter in parameters:
-        pieces: dict[str, list[npt.NDArray[Any]]] = {}
-        for tensor in parameter.sources:
-            if parameter.spec is None:
-                found: dict[str, npt.NDArray[Any]] = {"": source.vector(tensor)}
-            else:
-                matrix = source.matrix(tensor)
-                found = matrix.arrays() if isinstance(matrix, QuantizedMatrix) else {"weight": matrix}
-            for suffix, array in found.items():
-                pieces.setdefault(suffix, []).append(array)
-        expected = parameter.arrays()
-        if len(pieces) != len(expected):
-            raise ArtifactError(f"{parameter.name}: arrays {list(pieces)} do not fit {list(expected)}")
-        for (name, (shape, dtype)), parts in zip(expected.items(), pieces.values(), strict=True):
-            stacked = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-            if stacked != shape or any(part.dtype != dtype for part in parts):
-                raise ArtifactError(f"{name}: found {stacked} {parts[0].dtype}, expected {shape} {dtype}")
-            yield name, shape, dtype, parts
 
 
 def versions() -> dict[str, str]:

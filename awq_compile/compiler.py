@@ -163,6 +163,7 @@ def compile_library(
     from awq_compile.verify.sidecar import write_sidecar
 
     start = time.monotonic()
+    target.check_scheme(scheme)
     parameters = tuple(model_parameters(config, scheme))
     context = CompileContext(config, scheme, target, options, parameters, shipped_records())
     tvm_target = tvm.target.Target(target.tvm_target)

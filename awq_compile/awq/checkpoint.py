@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -90,7 +90,10 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """An opened checkpoint. Arrays are read when asked for, one at a time."""
+    """An opened checkpoint. Arrays are read when asked for, one at a time.
+
+    What is stored is NK; with a `scheme` in KN, matrices are given in that order, see `in_order`.
+    """
 
     path: Path
     config: ModelConfig
@@ -99,6 +102,10 @@ class QuantizedModel:
     reports: tuple[LinearReport, ...]
     meta: dict[str, Any] = field(repr=False, compare=False)
     _files: dict[str, Path] = field(repr=False, compare=False)
+
+    def in_order(self, order: str) -> QuantizedModel:
+        """The same codes, with the layers' linears in another order."""
+        return replace(self, scheme=self.scheme.in_order(order))
 
     def spec(self, name: str) -> WeightSpec:
         """Format of the matrix that Hugging Face calls `name`, for example `model.embed_tokens.weight`."""
@@ -120,7 +127,8 @@ class QuantizedModel:
             raise CheckpointError(
                 f"{self.path}: {stem}q_zero holds {int(zero.max())}, at most {spec.levels - 1} is allowed"
             )
-        return QuantizedMatrix(spec, np.asarray(self._read(stem + "q_weight"), np.uint32), scale, zero)
+        packed = np.asarray(self._read(stem + "q_weight"), np.uint32)
+        return QuantizedMatrix(spec.in_order("NK"), packed, scale, zero).in_order(spec.order)
 
     def vector(self, name: str) -> F16:
         """A norm weight or bias, float16."""
@@ -174,6 +182,8 @@ def open_checkpoint(path: Path) -> QuantizedModel:
                 hint="quantise the model again with this version",
             )
         scheme = QuantScheme.parse(file.get("scheme", str))
+        if scheme.linear.order != "NK":
+            raise CheckpointError(f"{file.path}: scheme is {scheme.name}, and checkpoints are in the order NK")
         method = file.get("method", str)
         reports = tuple(LinearReport.from_json(entry) for entry in file.get("reports", list))
         config = read_config(path)

@@ -80,6 +80,11 @@ def quantize_model(
     """
     model_dir, out = Path(model_dir), Path(out)
     config = read_config(model_dir)
+    if scheme.linear.order != "NK":
+        raise UsageError(
+            f"a checkpoint is in the order NK, and {scheme.name} was asked for",
+            hint=f"quantise as {scheme.in_order('NK').name}, then compile that with --scheme {scheme.name}",
+        )
     check_groups(config, scheme, model_dir)
     weights = Weights(model_dir, config)
     if method == "awq" and calibration.length > config.context_window_size:

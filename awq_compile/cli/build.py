@@ -125,17 +125,19 @@ def build(
     default = None if asked_scheme else _common_scheme(targets)
     chosen = choose_scheme(scheme or default, bits, group_size, asymmetric, head_bits)
     how = choose_method(method)
+    for one in targets:
+        one.check_scheme(chosen)
     source = find_model(model, output)
     if source.quantised:
         from awq_compile.awq.checkpoint import open_checkpoint
 
         quantised = open_checkpoint(source.path)
-        if asked_scheme and quantised.scheme != chosen:
+        if asked_scheme and quantised.scheme != chosen.in_order("NK"):
             raise UsageError(
                 f"{shown(source.path)} is quantised as {quantised.scheme.name}, and {chosen.name} was asked for",
                 hint="leave the scheme out, or give the original model",
             )
-        chosen = quantised.scheme
+        chosen = chosen if asked_scheme else quantised.scheme
     final = out or Path("dist") / f"{source.name}-{chosen.name}"
     check_output(final)
     config = read_config(source.path)
@@ -143,21 +145,22 @@ def build(
     options = _options(config, context_window_size, prefill_chunk_size, max_batch_size)
     if not source.quantised:
         calibration = calibration_spec(config, calib, calib_samples, calib_length, seed)
-        quantised = _quantised(source, chosen, calibration, how, output)
-    job = _Job(source, quantised, targets, options, final, dump, output)
+        quantised = _quantised(source, chosen.in_order("NK"), calibration, how, output)
+    job = _Job(source, quantised.in_order(chosen.linear.order), targets, options, final, dump, output)
     rows = []
     if text is not None and not source.quantised:
-        rows = [cached(source, chosen, calibration, "rtn", output), quantised.path]
+        rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output), quantised.path]
     _tell(job.run(text, eval_windows, rows), output)
 
 
 def _common_scheme(targets: list[TargetSpec]) -> str:
-    """The scheme that all targets take by default."""
-    schemes = {target.default_scheme for target in targets}
-    if len(schemes) > 1:
-        names = ", ".join(f"{target.name}: {target.default_scheme}" for target in targets)
-        raise UsageError(f"the targets have different default schemes ({names})", hint="choose one with --scheme")
-    return schemes.pop()
+    """The scheme that all targets take: the smallest group that one of them asks for, which every other reads.
+
+    A phone among them makes it w4g32. Symmetric and NK: a target's own preference for KN is opt-in, by --scheme.
+    """
+    from awq_compile.formats import QuantScheme
+
+    return min((target.default_scheme for target in targets), key=lambda name: QuantScheme.parse(name).linear.group)
 
 
 def _quantised(

@@ -65,7 +65,7 @@ def evaluate(
     schemes = {QuantScheme.parse(dist.manifest.scheme) for dist in dists} | {q.scheme for q in checkpoints}
     chosen = (
         QuantScheme.parse(scheme) if scheme else schemes.pop() if len(schemes) == 1 else QuantScheme.parse("w4g128")
-    )
+    ).in_order("NK")
     candidates: list[Candidate] = []
     tokenizer: Path | None = None
     for word in paths:

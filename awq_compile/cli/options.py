@@ -21,7 +21,7 @@ Verbose = Annotated[
 Scheme = Annotated[
     str | None,
     typer.Option(
-        help="Bits, group and head in one word: w4g128, w3g64a, w4g32-h8.",
+        help="Bits, group, order and head in one word: w4g128, w3g64a, w4g32-h8, w4g32kn.",
         rich_help_panel=QUANT,
         show_default="the target's",
     ),

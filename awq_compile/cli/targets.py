@@ -16,12 +16,13 @@ def targets(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
     from awq_compile.targets import known_targets, resolve_target
 
     output = Output(as_json, verbose)
-    table = Table("target", "library", "scheme", "runs here", "compiled for", box=None, pad_edge=False)
+    table = Table("target", "library", "scheme", "orders", "runs here", "compiled for", box=None, pad_edge=False)
     result: list[dict[str, Any]] = []
     for name in known_targets():
         spec = resolve_target(name)
         words = [str(spec.tvm_target[key]) for key in ("mtriple", "mcpu") if key in spec.tvm_target]
-        table.add_row(name, spec.library_suffix, spec.default_scheme, "yes" if spec.runs_here else "", " ".join(words))
+        here = "yes" if spec.runs_here else ""
+        table.add_row(name, spec.library_suffix, spec.default_scheme, " ".join(spec.orders), here, " ".join(words))
         result.append(asdict(spec))
     output.table(table)
     output.say("cpu is this machine; cpu:TRIPLE takes any LLVM triple, cpu:TRIPLE@CPU one of LLVM's processors.")

@@ -2,7 +2,8 @@
 
 Parameters are the rows of Hugging Face matrices, stacked: `qkv_proj` is q over k over v, `gate_up_proj`
 is gate over up. A matrix parameter `X.weight` becomes `X.q_weight`, `X.q_scale` (and `X.q_zero`) when its
-`WeightSpec` is quantised; packing along K leaves rows apart, so stacking packed rows is concatenation.
+`WeightSpec` is quantised; packing along K leaves rows apart, so stacking packed rows is concatenation, along
+the first axis in NK and along the second in KN.
 """
 
 from __future__ import annotations

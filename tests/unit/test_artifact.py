@@ -105,7 +105,7 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("name", ["w4g128", "w3g64a", "w8g32-h8", "w4g32a-h4"])
+@pytest.mark.parametrize("name", ["w4g128", "w3g64a", "w8g32-h8", "w4g32a-h4", "w4g32kn", "w3g32akn-h8"])
 def test_what_is_written_reads_back(tmp_path: Path, name: str) -> None:
     """Every parameter comes back with the rows of its sources stacked, in MLC's order, for every format."""
     config, scheme = model_config(tmp_path / "model"), QuantScheme.parse(name)
@@ -124,7 +124,8 @@ def test_what_is_written_reads_back(tmp_path: Path, name: str) -> None:
                 arrays = matrix.arrays() if isinstance(matrix, QuantizedMatrix) else {"weight": matrix}
                 parts = {stem + suffix: array for suffix, array in arrays.items()}
             for full, array in parts.items():
-                expected[full] = np.concatenate([expected[full], array]) if full in expected else array
+                kn = isinstance(parameter.spec, QuantSpec) and parameter.spec.order == "KN"
+                expected[full] = np.concatenate([expected[full], array], int(kn)) if full in expected else array
     assert [record.name for record in dist.tensors] == list(expected)
     for record in dist.tensors:
         np.testing.assert_array_equal(dist.read(record), expected[record.name])

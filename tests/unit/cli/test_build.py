@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Run
 from helpers_models import write_model
@@ -84,6 +85,33 @@ def test_scheme_options(run: Run, model: Path) -> None:
     assert run(model, "--scheme", "w4g32", "--bits", "4")[0] == 2
     assert run(model, "--head-bits", "5")[0] == 2
     assert run(model, "--method", "gptq")[0] == 2
+
+
+def test_orders_share_one_quantisation(run: Run, model: Path) -> None:
+    """KN is a DIST of its own from the same checkpoint, transposed; a CPU reads NK only, and says so."""
+    assert run(model, *RTN, "-t", "android", "-o", "nk")[0] == 0
+    assert run(model, *RTN, "-t", "android", "--scheme", "w4g32kn")[0] == 0
+    kn, nk = open_dist(Path("dist/tiny-w4g32kn")), open_dist(Path("nk"))
+    assert (kn.manifest.scheme, nk.manifest.scheme) == ("w4g32kn", "w4g32")
+    assert kn.chat_config["quantization"] == "w4g32kn"
+    for one, other in zip(kn.tensors, nk.tensors, strict=True):
+        a, b = kn.read(one), nk.read(other)
+        linear = "layers" in one.name and "q_" in one.name.rpartition(".")[2]
+        assert one.name == other.name and np.array_equal(a, b.T if linear else b)
+    assert run("quantize", model, "-o", "q", *RTN, "--scheme", "w4g32")[0] == 0
+    assert run("q", "-t", "android", "--scheme", "w4g32kn", "-o", "from-q")[0] == 0
+    assert (Path("from-q") / "params_shard_0.bin").read_bytes() == (kn.path / "params_shard_0.bin").read_bytes()
+    code, _, err = run(model, *RTN, "-t", "android", "-t", "cpu", "--scheme", "w4g32kn")
+    assert code == 2 and "cpu reads weights in the order NK, and w4g32kn has them in KN" in err
+    code, _, err = run("quantize", model, "-o", "q2", *RTN, "--scheme", "w4g32kn")
+    assert code == 2 and "quantise as w4g32, then" in err
+
+
+def test_one_scheme_for_several_targets(run: Run, model: Path) -> None:
+    """A phone among them: group 32, symmetric, NK."""
+    assert run(model, *RTN, "-t", "cpu", "-t", "android", "-t", "vulkan")[0] == 0
+    assert run(model, *RTN, "-t", "cpu", "-t", "vulkan")[0] == 0
+    assert sorted(p.name for p in Path("dist").iterdir()) == ["tiny-w4g128", "tiny-w4g32"]
 
 
 def test_current_directory(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
