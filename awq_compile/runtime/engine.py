@@ -77,9 +77,9 @@ class Engine:
         self.threads = use_threads(threads)
         self._device = tvm.cpu()
         self._library = self.dist.library(target)
-        self._vm = _load_library(self.dist, self._library)
-        self.metadata = _read_metadata(self._vm, self._library)
-        self._params = _load_params(self.dist, self.metadata, self._device)
+        self._vm = load_library(self.dist, self._library)
+        self.metadata = read_metadata(self._vm, self._library)
+        self._params = load_params(self.dist, self.metadata, self._device)
         self._functions: dict[str, Any] = {}
         sizes = (1, self.context_window_size, self.prefill_chunk_size, _PAGE_SIZE, 0)
         self._cache = self._function("create_tir_paged_kv_cache")(*(Shape([size]) for size in sizes))
@@ -219,22 +219,22 @@ class Engine:
                 f"{length} tokens do not fit the library's context window of {self.context_window_size}",
                 hint="a shorter text, or compile with a larger --context-window-size",
             )
-        _builtin("kv_state_clear")(self._cache)
-        _builtin("kv_state_add_sequence")(self._cache, _SEQUENCE)
+        builtin("kv_state_clear")(self._cache)
+        builtin("kv_state_add_sequence")(self._cache, _SEQUENCE)
 
     def _forward(self, name: str, ids: npt.NDArray[np.int32]) -> F32:
         """Embeds tokens, appends them to the sequence through function `name`, and returns its logits."""
         count = len(ids)
         embeds = self._function("embed")(tvm.runtime.tensor(ids, self._device), self._params)
-        embeds = _builtin("reshape")(embeds, Shape([1, count, embeds.shape[1]]))
-        _builtin("kv_state_begin_forward")(self._cache, Shape([_SEQUENCE]), Shape([count]))
+        embeds = builtin("reshape")(embeds, Shape([1, count, embeds.shape[1]]))
+        builtin("kv_state_begin_forward")(self._cache, Shape([_SEQUENCE]), Shape([count]))
         result = self._function(name)(embeds, self._cache, self._params)
-        _builtin("kv_state_end_forward")(self._cache)
+        builtin("kv_state_end_forward")(self._cache)
         return np.asarray(result[0].numpy())
 
     def _function(self, name: str) -> Any:
         if name not in self._functions:
-            self._functions[name] = _library_function(self._vm, name, self._library)
+            self._functions[name] = library_function(self._vm, name, self._library)
         return self._functions[name]
 
 
@@ -251,18 +251,18 @@ def sample(logits: F32, temperature: float, top_p: float, random: np.random.Gene
     )
 
 
-def _builtin(name: str) -> Any:
+def builtin(name: str) -> Any:
     return tvm.get_global_func(f"vm.builtin.{name}")
 
 
-def _library_function(vm: Any, name: str, library: Path) -> Any:
+def library_function(vm: Any, name: str, library: Path) -> Any:
     try:
         return vm.get_function(name, query_imports=True)
     except AttributeError:
         raise ArtifactError(f"{library} has no function {name!r}", hint="compile again with this version") from None
 
 
-def _load_library(dist: Dist, path: Path) -> Any:
+def load_library(dist: Dist, path: Path) -> Any:
     """The library's virtual machine, initialised on the CPU."""
     expected = dist.manifest.files[path.relative_to(dist.path).as_posix()].sha256
     if (found := file_sha256(path)) != expected:  # code is about to run: a changed byte may do anything
@@ -280,9 +280,9 @@ def _load_library(dist: Dist, path: Path) -> Any:
     return vm
 
 
-def _read_metadata(vm: Any, library: Path) -> LibraryMetadata:
+def read_metadata(vm: Any, library: Path) -> LibraryMetadata:
     """`_metadata` of a library, typed."""
-    text = _library_function(vm, "_metadata", library)()
+    text = library_function(vm, "_metadata", library)()
     try:
         data = json.loads(str(text))
         params = tuple((str(p["name"]), tuple(int(d) for d in p["shape"]), str(p["dtype"])) for p in data["params"])
@@ -297,7 +297,7 @@ def _read_metadata(vm: Any, library: Path) -> LibraryMetadata:
         raise ArtifactError(f"{library}: its metadata is damaged ({error!r})", hint="compile again") from None
 
 
-def _load_params(dist: Dist, metadata: LibraryMetadata, device: Any) -> Any:
+def load_params(dist: Dist, metadata: LibraryMetadata, device: Any) -> Any:
     """The parameters in the order of the metadata, after comparing their shapes with tensor-cache.json."""
     stored = {record.name: (record.shape, record.dtype) for record in dist.tensors}
     for name, shape, dtype in metadata.params:
@@ -308,9 +308,9 @@ def _load_params(dist: Dist, metadata: LibraryMetadata, device: Any) -> Any:
                 hint="library and parameters come from different runs: compile again",
             )
     try:
-        _builtin("tensor_cache.load")(str(dist.path), device.dlpack_device_type(), device.index)
-        return _builtin("param_array_from_cache_by_name")([name for name, _, _ in metadata.params])
+        builtin("tensor_cache.load")(str(dist.path), device.dlpack_device_type(), device.index)
+        return builtin("param_array_from_cache_by_name")([name for name, _, _ in metadata.params])
     except (RuntimeError, ValueError) as error:
         raise ArtifactError(f"{dist.path}: the parameters cannot be read: {error}") from None
     finally:
-        _builtin("tensor_cache.clear")()
+        builtin("tensor_cache.clear")()
