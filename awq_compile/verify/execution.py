@@ -5,14 +5,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from awq_compile.errors import ArtifactError, EnvironmentMissingError
 from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
 from awq_compile.verify.device_code import DeviceModule
-from awq_compile.verify.executors.base import Argument, DeviceCode, Size3
+from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3
+from awq_compile.verify.reorder import has_barrier_opencl, reversed_opencl, reversed_spirv
+
+if TYPE_CHECKING:
+    from awq_compile.targets.vulkan.spirv.shader import Shader
 
 # Of the largest matrix that the main job verifies; the shim of CUDA and Metal is some fifty times slower.
 _ELEMENTS: Final = {"opencl": 1 << 28, "vulkan": 1 << 28, "cuda": 1 << 22, "metal": 1 << 22}
@@ -31,10 +37,11 @@ class Loaded:
 
 
 @contextmanager
-def load(modules: Sequence[DeviceModule], source: str, target: TargetSpec) -> Iterator[Loaded]:
+def load(modules: Sequence[DeviceModule], source: str, target: TargetSpec, seconds: float = 300.0) -> Iterator[Loaded]:
     """Loads a library's modules (of one kind) into the executor of the target's kind.
 
-    `source` is CUDA C++, which stands for machine code. Raises `EnvironmentMissingError` naming what to install.
+    `source` is CUDA C++, which stands for machine code; `seconds` are allowed for a launch. Raises
+    `EnvironmentMissingError` naming what to install.
     """
     kind = str(target.tvm_target["kind"])
     if len(modules) != 1 or modules[0].kind != kind:
@@ -42,11 +49,11 @@ def load(modules: Sequence[DeviceModule], source: str, target: TargetSpec) -> It
         raise ArtifactError(f"the library for {target.name} has device modules of the kinds {found}, expected {kind}")
     module = modules[0]
     if kind == "opencl":
-        yield from _opencl(module)
+        yield from _opencl(module, seconds)
     elif kind == "vulkan":
         yield from _vulkan(module)
     elif kind in ("cuda", "metal"):
-        yield from _simt(module, source)
+        yield from _simt(module, source, seconds)
     else:
         raise ArtifactError(f"nothing here runs the kernels of {kind}")
 
@@ -83,43 +90,86 @@ def too_slow(config: ModelConfig, target: TargetSpec) -> str | None:
     return f"a matrix of {elements / 1e6:.0f} million elements takes long here"
 
 
-def _opencl(module: DeviceModule) -> Iterator[Loaded]:
-    from awq_compile.verify.executors.opencl import OpenCLExecutor
+def _opencl(module: DeviceModule, seconds: float) -> Iterator[Loaded]:
+    from awq_compile.verify.executors.opencl import OpenCLExecutor, split_kernels
 
-    executor = OpenCLExecutor()
+    units = split_kernels(bytes(module.code).decode())
+    shared = {name: text for name, text in units.items() if has_barrier_opencl(text)}
+    executor, backwards = OpenCLExecutor(seconds=seconds), OpenCLExecutor(seconds=seconds)
     executor.load(module.device_code())
+    backwards.load(DeviceCode("cl", kernels={name: reversed_opencl(text) for name, text in shared.items()}))
     executor._start()
+
+    def run(kernel: str, args: Sequence[Argument], grid: Size3, block: Size3, dynamic: int) -> None:
+        def other(args: Sequence[Argument]) -> None:
+            backwards.launch(kernel, args, grid, block, dynamic_shared=dynamic)
+
+        _in_both_orders(
+            kernel,
+            args,
+            lambda a: executor.launch(kernel, a, grid, block, dynamic_shared=dynamic),
+            other if kernel in shared else None,
+        )
+
     try:
-        yield Loaded(executor.device, lambda k, a, g, b, s: executor.launch(k, a, g, b, dynamic_shared=s))
+        yield Loaded(executor.device, run)
     finally:
         executor.close()
+        backwards.close()
 
 
 def _vulkan(module: DeviceModule) -> Iterator[Loaded]:
-    from awq_compile.targets.vulkan.spirv.shader import Shader
     from awq_compile.verify.executors.vulkan import VulkanExecutor
 
-    shaders = {}
-    for name, code in module.kernels.items():
-        data = bytes(code)
-        if len(data) < 12 or len(data) != 12 + 4 * (count := struct.unpack_from("<Q", data, 4)[0]):
-            raise ArtifactError(f"the shader {name} is damaged: {len(data)} bytes")
-        (flag,) = struct.unpack_from("<I", data)
-        words = struct.unpack_from(f"<{count}I", data, 12)
-        shaders[name] = Shader(name, module.functions[name].arguments, flag, words)
-    with VulkanExecutor() as executor:
+    shaders = {name: _shader(name, module) for name in module.kernels}
+    backwards = {}
+    for name, shader in shaders.items():
+        if (words := reversed_spirv(shader.words, shader.local_size)) is not None:
+            backwards[name] = replace(shader, words=words)
+    with VulkanExecutor() as executor, VulkanExecutor() as second:
         executor.load(shaders)
+        second.load(backwards)
 
         def run(kernel: str, args: Sequence[Any], grid: Size3, block: Size3, _: int) -> None:
-            executor.launch(kernel, args, grid, block)
+            def other(args: Sequence[Any]) -> None:
+                second.launch(kernel, args, grid, block)
+
+            _in_both_orders(
+                kernel, args, lambda a: executor.launch(kernel, a, grid, block), other if kernel in backwards else None
+            )
 
         yield Loaded(executor.info.name, run)
 
 
-def _simt(module: DeviceModule, source: str) -> Iterator[Loaded]:
+def _shader(name: str, module: DeviceModule) -> Shader:
+    from awq_compile.targets.vulkan.spirv.shader import Shader
+
+    data = bytes(module.kernels[name])
+    if len(data) < 12 or len(data) != 12 + 4 * (count := struct.unpack_from("<Q", data, 4)[0]):
+        raise ArtifactError(f"the shader {name} is damaged: {len(data)} bytes")
+    (flag,) = struct.unpack_from("<I", data)
+    return Shader(name, module.functions[name].arguments, flag, struct.unpack_from(f"<{count}I", data, 12))
+
+
+def _in_both_orders(
+    kernel: str, args: Sequence[Argument], run: Callable[[Any], None], backwards: Callable[[Any], None] | None
+) -> None:
+    """Runs a kernel in place, and on copies with its threads numbered backwards: both must leave the same bytes."""
+    copies: dict[int, Argument] = {id(a): a.copy() if isinstance(a, np.ndarray) else a for a in args}
+    run(args)
+    if backwards is None:
+        return
+    again = [copies[id(a)] for a in args]
+    backwards(again)
+    for number, (first, second) in enumerate(zip(args, again, strict=True)):
+        if isinstance(first, np.ndarray) and first.tobytes() != np.asarray(second).tobytes():
+            raise KernelError(f"{kernel} races: with its threads numbered backwards, buffer {number} differs")
+
+
+def _simt(module: DeviceModule, source: str, seconds: float) -> Iterator[Loaded]:
     from awq_compile.verify.executors.simt import SimtExecutor
 
-    executor = SimtExecutor()
+    executor = SimtExecutor(seconds=seconds)
     if module.kind == "cuda":
         if not source:
             raise ArtifactError("the library has CUDA machine code, and its source is not beside it")

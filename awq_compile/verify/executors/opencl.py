@@ -153,6 +153,8 @@ def scalar_types(kernel: str, source: str) -> list[str]:
 def driver_environment() -> dict[str, str]:
     """The environment in which the ICD loader finds the system's drivers and, where installed, Intel's from PyPI."""
     environment = settings.environment()
+    # Intel's CPU runtime runs 16 threads of a block in lockstep, which hides that a barrier is missing.
+    environment.setdefault("CL_CONFIG_CPU_VECTORIZER_MODE", "1")
     given = environment.get("OCL_ICD_VENDORS")
     folders = [Path(given)] if given else [_VENDORS]
     drivers = {p.name: p.read_text(encoding="utf-8") for f in folders if f.is_dir() for p in sorted(f.glob("*.icd"))}
