@@ -1,0 +1,107 @@
+"""The bundled model through the device kernels of its built libraries: the CPU library's tokens, token for token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers_models import DEMO
+from tokenizers import Tokenizer
+
+from awq_compile import verification
+from awq_compile.cli.main import main
+from awq_compile.manifest import Dist, file_sha256, open_dist
+from awq_compile.targets import resolve_target
+from awq_compile.verify.execution import missing
+from awq_compile.verify.sidecar import table_path
+from awq_compile.verify.whole_model import Prompts, WholeModelVerification, verify_whole_model
+
+TARGETS = ("opencl", "vulkan", "android:adreno")
+CHUNK = 32  # the long prompt takes three
+# What every decoder layer launches: prefill alone and behind a past, decoding alone and of a batch, merging.
+EXPECTED = (
+    "batch_prefill_ragged_kv_kernel",
+    "batch_prefill_paged_kv_kernel",
+    "batch_decode_paged_kv_kernel",
+    "tir_attention_merge_state_kernel",
+    "tir_kv_cache_transpose_append_kernel",
+    "fused_rope_kernel",
+)
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Dist:
+    """The demo model for the CPU and all that can run here; its kernels are verified singly elsewhere."""
+    runnable = [name for name in TARGETS if missing(resolve_target(name)) is None]
+    folder = tmp_path_factory.mktemp("whole")
+    words = [str(DEMO), "-o", str(folder / "dist"), "--method", "rtn", "--scheme", "w4g128", "--target", "cpu"]
+    words += [word for name in runnable for word in ("--target", name)]
+    words += ["--prefill-chunk-size", str(CHUNK), "--context-window-size", "160", "--max-batch-size", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWQ_COMPILE_CACHE", str(folder / "cache"))
+        patch.setattr(
+            verification, "verify_library", lambda *_: verification.Verification(ran=False, reason="not asked for")
+        )
+        assert main(words) == 0
+    return open_dist(folder / "dist")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> Prompts:
+    """Held-out text: one prompt of 70 tokens, and three of 3, 18 and 8 tokens, across and within pages of 16."""
+    ids = Tokenizer.from_file(str(DEMO / "tokenizer.json")).encode((DEMO / "heldout.txt").read_text()[:2000]).ids
+    return Prompts(ids[:70], [ids[100:103], ids[110:128], ids[130:138]])
+
+
+def run(dist: Dist, name: str, prompts: Prompts, steps: int = 12) -> WholeModelVerification:
+    """Skips where nothing runs the target's kernels."""
+    target = resolve_target(name)
+    if (reason := missing(target)) is not None:
+        pytest.skip(reason)
+    return verify_whole_model(dist, target, prompts=prompts, steps=steps)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_tokens_are_the_cpu_librarys(dist: Dist, prompts: Prompts, name: str) -> None:
+    """Prefill in chunks, decoding, and a ragged batch of three: 54 greedy tokens, every logit within the tolerance."""
+    found = run(dist, name, prompts)
+    assert found.passed, found.words()
+    assert found.tokens == 3 + 12 + 3 + 3 * 12
+    assert found.max_difference > 0  # the device computed in half precision: these are not the CPU's own logits
+    for kernel in EXPECTED:
+        assert any(launched.endswith(kernel) for launched in found.launches), kernel
+
+
+def test_broken_device_code_is_caught(dist: Dist, prompts: Prompts, tmp_path: Path) -> None:
+    """The code that runs is the library's: norms over 226 instead of 256 elements show in the logits."""
+    folder = tmp_path / "broken"
+    shutil.copytree(dist.path, folder)
+    broken = open_dist(folder)
+    if "opencl" not in broken.manifest.libraries:
+        pytest.skip(missing(resolve_target("opencl")) or "")
+    library = broken.library("opencl")
+    before, code = file_sha256(library), library.read_bytes()
+    assert code.count(b"/ 2.560000e+02f") > 1
+    library.write_bytes(code.replace(b"/ 2.560000e+02f", b"/ 2.260000e+02f"))
+    tables = table_path(library)
+    tables.write_text(tables.read_text().replace(before, file_sha256(library)))
+    found = run(broken, "opencl", prompts, steps=1)
+    assert not found.passed and found.max_difference > 5 * found.tolerance, found.words()
+
+
+def test_a_launch_beyond_the_code_is_caught(dist: Dist, prompts: Prompts, tmp_path: Path) -> None:
+    """The launches are those of the tables: an append that starts one block too few leaves a hole in the cache."""
+    folder = tmp_path / "broken"
+    shutil.copytree(dist.path, folder)
+    broken = open_dist(folder)
+    if "opencl" not in broken.manifest.libraries:
+        pytest.skip(missing(resolve_target("opencl")) or "")
+    path = table_path(broken.library("opencl"))
+    data = json.loads(path.read_text())
+    (launch,) = (s[1] for s in data["tables"]["tir_kv_cache_transpose_append"]["body"] if s[0] == "launch")
+    launch["grid"][0] = ["sub", launch["grid"][0], 1]
+    path.write_text(json.dumps(data))
+    found = run(broken, "opencl", prompts, steps=1)
+    assert not found.passed
