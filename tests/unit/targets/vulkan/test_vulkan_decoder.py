@@ -19,7 +19,6 @@ from tvm_ffi import Shape
 
 import awq_compile
 from awq_compile.formats import QuantScheme
-from awq_compile.kernels.merge_state import merge_state
 from awq_compile.models.config import read_config
 from awq_compile.models.decoder import DecoderSizes, export_decoder
 from awq_compile.models.parameters import model_parameters
@@ -45,8 +44,6 @@ class VulkanDecoder(Float):
         for var in list(module.get_global_vars()):
             if var.name_hint in UNSCHEDULED:
                 del module[var]
-            if var.name_hint == "tir_attention_merge_state":  # TVM's has a race
-                module[var] = merge_state(config.num_heads, config.head_dim, "float16", 256)
         passes = [t.BundleModelParams("params"), t.LegalizeOps(), t.AnnotateTIROpPattern(), t.FoldConstant()]
         passes += [t.FuseOps(), t.FuseTIR(), t.DeadCodeElimination(), dlight.ApplyDefaultSchedule(*gpu_rules())]
         passes += [t.RewriteDataflowReshape(), t.ToNonDataflow(), t.RemovePurityChecking(), t.CallTIRRewrite()]

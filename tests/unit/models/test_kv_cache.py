@@ -1,0 +1,38 @@
+"""The KV cache's kernels as exported for GPUs, where TVM's own are unsafe."""
+
+from __future__ import annotations
+
+import helpers_kernels as hk
+import numpy as np
+import pytest
+import tvm
+from helpers_models import DEMO
+
+from awq_compile.models.config import read_config
+from awq_compile.models.decoder import DecoderSizes, export_decoder
+from awq_compile.targets import resolve_target
+from awq_compile.verify.executors.simt import SimtExecutor
+
+TARGETS = ("cuda:sm_80", "metal", "opencl", "vulkan", "android:adreno")
+MERGE = "tir_attention_merge_state"
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_merging_attention_states_does_not_race(name: str) -> None:
+    """Runs the exported kernel on threads in any order: TVM's reads the sums while others overwrite them."""
+    config, rng = read_config(DEMO), np.random.default_rng(2)
+    target = tvm.target.Target(resolve_target(name).tvm_target)
+    module, _ = export_decoder(config, DecoderSizes(64), "float16", target)
+    kernels = [f for var, f in module.functions.items() if var.name_hint.startswith(MERGE)]
+    assert len(kernels) == 1
+    rows, heads, dim = 5, config.num_heads, config.head_dim
+    v, other = (rng.standard_normal((rows, heads, dim)).astype("float16") for _ in range(2))
+    s, s_other = (rng.uniform(-6, 6, (rows, heads)).astype("float32") for _ in range(2))
+    s_other[2] = -5e4  # where the other saw nothing
+    top = np.maximum(s, s_other).astype(np.float64)
+    mine, theirs = np.exp2(s - top), np.exp2(s_other - top)
+    merged = (v * mine[..., None] + other * theirs[..., None]) / (mine + theirs)[..., None]
+    sums = np.log2(mine + theirs) + top
+    hk.run(hk.build(kernels[0], "cuda"), SimtExecutor(), MERGE, [v, s, other, s_other])
+    np.testing.assert_allclose(v.astype(np.float64), merged, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(s, sums, rtol=1e-5, atol=1e-5)
