@@ -21,7 +21,10 @@ _GPUS = {
     "opencl": opencl_target,
 }
 _CPUS = ("cpu", "cpu:x86_64-linux-gnu", "cpu:aarch64-linux-gnu", "cpu:arm64-apple-macos", "cpu:x86_64-windows-gnu")
-_EXAMPLES = (*_CPUS, "cuda:sm_80", "cuda:sm_90", "vulkan", "metal", "metal:ios", "android:adreno", "android:mali")
+_EXAMPLES = (
+    *(*_CPUS, "cuda:sm_80", "cuda:sm_90", "metal", "metal:ios", "android:adreno", "android:mali"),
+    *("vulkan", "vulkan@x86_64-windows-gnu", "opencl", "opencl@x86_64-windows-gnu"),
+)
 
 
 def resolve_target(name: str) -> TargetSpec:

@@ -16,7 +16,7 @@ from awq_compile.errors import UsageError
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import GemmSchedule, GemvSchedule, LinearSchedule
 from awq_compile.targets.base import TargetSpec
-from awq_compile.targets.link import library_suffix
+from awq_compile.targets.link import library_suffix, llvm_triple
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _make(name: str, triple: str, cpu: str, unit: VectorUnit, *, runs_here: bool
     mattr = [f"+{feature}" for feature in unit.features]
     if unit is AVX2 and runs_here:  # a hypervisor may hide what the processor's name implies
         mattr += ["-avx512f"]
-    llvm: dict[str, object] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": mattr}
+    llvm: dict[str, object] = {"kind": "llvm", "mtriple": llvm_triple(triple), "mcpu": cpu, "mattr": mattr}
     return CpuTarget(
         name=name,
         tvm_target=llvm | ({"mabi": unit.abi} if unit.abi else {}),

@@ -20,7 +20,7 @@ from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
 from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
 from awq_compile.targets.cuda_ptx import MARK, device_functions
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
-from awq_compile.targets.link import library_suffix
+from awq_compile.targets.link import library_suffix, llvm_triple
 
 ARCHS: Final = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 _LIMITS: Final = HardwareLimits(
@@ -89,7 +89,12 @@ def cuda_target(argument: str, host: str) -> CudaTarget:
     return CudaTarget(
         name=f"cuda:{'+'.join(archs)}" + ("" if host == "x86_64-linux-gnu" else f"@{host}"),
         # The oldest architecture decides what the generated source may use.
-        tvm_target={"kind": "cuda", "arch": archs[0], **tvm_limits(_LIMITS), "host": {"kind": "llvm", "mtriple": host}},
+        tvm_target={
+            "kind": "cuda",
+            "arch": archs[0],
+            **tvm_limits(_LIMITS),
+            "host": {"kind": "llvm", "mtriple": llvm_triple(host)},
+        },
         host=host,
         dtype="float16",
         library_suffix=library_suffix(host),

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Final
 
 from awq_compile import settings
 from awq_compile.errors import CompileError, EnvironmentMissingError
+from awq_compile.targets.windows import support_files
 
 _LINKED: Final = {"linux": ".so", "android": ".so", "macos": ".dylib", "darwin": ".dylib"}
 
 
 def library_suffix(triple: str) -> str:
     """Of the shared libraries of a system; `.tar`, an archive of objects, where none is linked here."""
+    if zig_target(triple) == "x86_64-windows-gnu":
+        return ".dll"
     return next((suffix for key, suffix in _LINKED.items() if key in triple), ".tar")
+
+
+def llvm_triple(triple: str) -> str:
+    """With the vendor that LLVM needs in order to see the system: x86_64-windows-gnu is x86_64-pc-windows-gnu."""
+    arch, *rest = triple.split("-")
+    return f"{arch}-pc-{'-'.join(rest)}" if rest and rest[0] == "windows" else triple
 
 
 def zig_target(triple: str) -> str:
@@ -26,22 +36,40 @@ def zig_target(triple: str) -> str:
         return f"{arch}-macos"
     if any("android" in part for part in rest):
         return f"{arch}-linux-android"
+    if "windows" in rest:
+        return f"{arch}-windows-{rest[-1]}"
     if any(part.startswith("linux") for part in rest):
         return f"{arch}-linux-{'musl' if any('musl' in part for part in rest) else 'gnu'}"
     return f"{arch}-{rest[-1]}"
 
 
 def link_shared(triple: str, output: Path, objects: list[Path]) -> None:
-    """`zig cc -shared` without any standard library: TVM's symbols and libm are those of the process."""
+    """`zig cc -shared` without any standard library: TVM's symbols and libm are those of the process.
+
+    Windows wants to know whose they are: see `windows`.
+    """
     target = zig_target(triple)
-    macos = ["-undefined", "dynamic_lookup", f"-Wl,-install_name,@rpath/{output.name}"]
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-nostdlib", "-g0"]
-    command += [*(macos if target.endswith("macos") else []), "-o", str(output), *map(str, objects)]
-    cache = str(settings.cache_dir() / "zig")
+    with tempfile.TemporaryDirectory(prefix="awq-link-") as folder:  # the linker leaves files where it runs
+
+        def zig(command: list[str]) -> None:
+            _zig(command, output.name, Path(folder))
+
+        extra = []
+        if target.endswith("macos"):
+            extra = ["-undefined", "dynamic_lookup", f"-Wl,-install_name,@rpath/{output.name}"]
+        elif target == "x86_64-windows-gnu":
+            extra = support_files(Path(folder), objects, zig)
+        files = [str(path.resolve()) for path in objects]
+        zig(["cc", "-target", target, "-shared", "-nostdlib", "-g0", *extra, "-o", str(output.resolve()), *files])
+
+
+def _zig(command: list[str], what: str, folder: Path) -> None:
+    cache = str(settings.cache_dir().resolve() / "zig")
     environment = settings.environment() | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        full = [sys.executable, "-m", "ziglang", *command]
+        done = subprocess.run(full, capture_output=True, text=True, env=environment, cwd=folder)
     except OSError as error:
         raise EnvironmentMissingError(f"the linker could not be started: {error}", hint="pip install ziglang") from None
     if done.returncode:
-        raise CompileError(f"linking {output.name} failed: {done.stderr.strip()[-2000:]}", hint="pip install ziglang")
+        raise CompileError(f"linking {what} failed: {done.stderr.strip()[-2000:]}", hint="pip install ziglang")

@@ -11,7 +11,7 @@ from typing import Final
 from awq_compile.errors import UsageError
 from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
-from awq_compile.targets.link import library_suffix
+from awq_compile.targets.link import library_suffix, llvm_triple
 
 _GENERIC: Final = HardwareLimits(
     max_threads=256,
@@ -73,7 +73,7 @@ def android_target(argument: str, host: str) -> GpuTarget:
 def _make(name: str, host: str, limits: HardwareLimits, gpu: str, scheme: str, *, archive: bool) -> GpuTarget:
     return GpuTarget(
         name=name,
-        tvm_target={"kind": "opencl", **tvm_limits(limits), "host": {"kind": "llvm", "mtriple": host}},
+        tvm_target={"kind": "opencl", **tvm_limits(limits), "host": {"kind": "llvm", "mtriple": llvm_triple(host)}},
         host=host,
         dtype="float16",
         library_suffix=".tar" if archive else library_suffix(host),

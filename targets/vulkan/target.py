@@ -9,7 +9,7 @@ from typing import Final
 from awq_compile.errors import UsageError
 from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
-from awq_compile.targets.link import library_suffix
+from awq_compile.targets.link import library_suffix, llvm_triple
 
 _REPORTS: Final = "Vulkan hardware database, maxComputeWorkGroupInvocations and maxComputeSharedMemorySize"
 
@@ -63,7 +63,7 @@ def vulkan_target(argument: str, host: str) -> VulkanTarget:
             "kind": "vulkan",
             **tvm_limits(limits),
             **{f"supports_{feature}": True for feature in _FEATURES},
-            "host": {"kind": "llvm", "mtriple": triple},
+            "host": {"kind": "llvm", "mtriple": llvm_triple(triple)},
         },
         host=triple,
         dtype="float16",

@@ -75,7 +75,7 @@ def test_libraries_are_linked_reproducibly(name: str, suffix: str, start: bytes,
 
 def test_what_cannot_be_linked_is_an_archive_of_objects(tmp_path: Path) -> None:
     """Without times or owners, so equal builds give equal bytes."""
-    target = resolve_target("cpu:x86_64-windows-gnu")
+    target = resolve_target("cpu:x86_64-windows-msvc")
     assert target.library_suffix == ".tar"
     path = tmp_path / "lib.tar"
     export_executable(built(target), target, path)
