@@ -35,7 +35,7 @@ def linked(name: str, path: Path) -> Any:
 
 @pytest.mark.parametrize("name", [*GPUS, "cpu:x86_64-windows-gnu"])
 def test_a_dll(name: str, tmp_path: Path) -> None:
-    """A PE file for x86-64 that exports the function, and the blob of device code, and imports TVM's DLL; twice equal."""
+    """A PE file for x86-64 that exports the function and the blob of device code and imports TVM's DLL; twice equal."""
     paths = [tmp_path / str(i) / "lib.dll" for i in range(2)]
     dll, _ = (linked(name, path) for path in paths)
     assert resolve_target(name).library_suffix == ".dll"
