@@ -1,5 +1,5 @@
 # Sourced by scripts/demo and scripts/test: makes .venv in the checkout and installs the project into it.
-# Usage: set_up [EXTRA]. Does nothing when it was done before with the same requirements.
+# Usage: set_up [EXTRA[,EXTRA…]]. Does nothing when it was done before with the same requirements.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,6 +25,19 @@ apt_install() {
   say "apt-get install $*"
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -qq
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# Installs those of the Debian packages that are not there. On another system it only names them.
+apt_need() {
+  if ! command -v dpkg-query >/dev/null; then
+    echo "note: not Debian; some tests skip unless your system has what these packages hold: $*" >&2
+    return
+  fi
+  local package absent=()
+  for package in "$@"; do
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || absent+=("$package")
+  done
+  [ ${#absent[@]} = 0 ] || apt_install "${absent[@]}"
 }
 
 set_up() {
