@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,17 +131,39 @@ def nvcc(source: str, archs: tuple[str, ...]) -> bytes:
         return out.read_bytes()
 
 
+def _cuda_headers() -> list[Path]:
+    """Folders of `cuda_fp16.h`, what it includes, and the C++ library, in the packages that pip installs."""
+    found = []
+    for package, header in (
+        ("nvidia-cuda-runtime", "cuda_fp16.h"),
+        ("nvidia-cuda-crt", "crt/host_defines.h"),
+        ("nvidia-cuda-cccl", "cuda/std/cstdint"),
+    ):
+        files = [f for f in distribution(package).files or [] if f.as_posix().endswith(f"/{header}")]
+        if not files:
+            raise PackageNotFoundError(f"{package} without {header}")
+        found.append(Path(str(files[0].locate())).parents[header.count("/")])
+    return list(dict.fromkeys(found))
+
+
 def nvrtc(source: str, arch: str) -> bytes:
     """Machine code by NVRTC, where there is no nvcc."""
     try:
         from cuda.bindings import nvrtc as api
-    except ImportError:
+
+        folders = _cuda_headers()
+        error, program = api.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
+    except (
+        ImportError,
+        PackageNotFoundError,
+        RuntimeError,
+    ) as missing:  # Runtime: no library
         raise EnvironmentMissingError(
-            "CUDA needs a compiler: there is neither nvcc on PATH nor NVRTC",
-            hint="pip install nvidia-cuda-nvrtc cuda-bindings, or install the CUDA toolkit",
+            f"CUDA needs a compiler: there is no nvcc on PATH, and NVRTC is not complete ({missing})",
+            hint="pip install awq-compile[cuda], or install the CUDA toolkit",
         ) from None
-    error, program = api.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
+    options += [f"--include-path={folder}".encode() for folder in folders]
     (error,) = api.nvrtcCompileProgram(program, len(options), options)
     if int(error) != 0:
         _, size = api.nvrtcGetProgramLogSize(program)
