@@ -1,5 +1,8 @@
 """NVIDIA GPUs: CUDA C++ by TVM's generator, compiled by nvcc on PATH, else by NVRTC from PyPI.
 
+TVM's own module carries the source, and its runtime compiles that through Python when it loads: MLC's engine has no
+Python. At export, machine code takes the source's place.
+
 `cuda` is `cuda:sm_80`; `cuda:sm_90`, or several in one library, `cuda:sm_80+sm_90`. `@aarch64-linux-gnu` behind
 it gives a library for Jetson and Grace.
 """
@@ -15,14 +18,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
 from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
 from awq_compile.targets.cuda_ptx import MARK, device_functions
+from awq_compile.targets.cuda_source import with_digest
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix, llvm_triple
+from awq_compile.targets.vulkan.blob import (
+    Blob,
+    BlobModule,
+    parse_blob,
+    parse_opencl_payload,
+    write_blob,
+    write_code_payload,
+)
 
+PACK: Final = "codegen.codegen_blob"
 ARCHS: Final = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 _LIMITS: Final = HardwareLimits(
     max_threads=1024,
@@ -43,9 +56,6 @@ def _mma_k(arch: str) -> int:
     return 8 if arch == "sm_75" else 16
 
 
-_CALLBACK: Final = "tvm_callback_cuda_compile"
-
-
 @dataclass(frozen=True)
 class CudaTarget(GpuTarget):
     """`archs`: the compute capabilities that the library has code for."""
@@ -54,22 +64,31 @@ class CudaTarget(GpuTarget):
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """TVM's compile callback is ours within the block."""
+        """Within the block, what TVM exports has machine code."""
         import tvm_ffi
 
-        old = tvm_ffi.get_global_func(_CALLBACK, allow_missing=True)
-        tvm_ffi.register_global_func(_CALLBACK, self._compile, override=True)
+        pack = tvm_ffi.get_global_func(PACK)
+        tvm_ffi.register_global_func(PACK, lambda data, *rest: pack(self.with_machine_code(data), *rest), override=True)
         try:
             yield
         finally:
-            if old is None:
-                tvm_ffi.remove_global_func(_CALLBACK)
-            else:
-                tvm_ffi.register_global_func(_CALLBACK, old, override=True)
+            tvm_ffi.register_global_func(PACK, pack, override=True)
 
-    def _compile(self, source: str, *_: Any) -> tuple[bytes, str]:
+    def with_machine_code(self, data: bytes) -> bytes:
+        """A module blob whose CUDA modules are compiled."""
+        blob = parse_blob(data)
+        return write_blob(Blob(blob.row_ptr, blob.child_indices, tuple(map(self._compiled, blob.modules))))
+
+    def _compiled(self, module: BlobModule) -> BlobModule:
+        if module.kind != "cuda" or module.payload is None:
+            return module
+        functions, source = parse_opencl_payload(module.payload)
+        code, form = self._compile(with_digest(source.decode()))
+        return BlobModule("cuda", write_code_payload(form, functions, code))
+
+    def _compile(self, source: str) -> tuple[bytes, str]:
         """(code, format) of CUDA C++ for all architectures."""
-        source = with_device_functions(str(source), self.archs[0])
+        source = with_device_functions(source, self.archs[0])
         if shutil.which("nvcc"):
             return nvcc(source, self.archs), "fatbin"
         if len(self.archs) > 1:
@@ -121,7 +140,7 @@ def nvcc(source: str, archs: tuple[str, ...]) -> bytes:
         code, out = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         code.write_text(source, encoding="utf-8")
         targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
-        command = ["nvcc", "-fatbin", "-O3", "-std=c++17", *targets, "-o", str(out), str(code)]
+        command = ["nvcc", "-fatbin", "--no-compress", "-O3", "-std=c++17", *targets, "-o", str(out), str(code)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise CompileError(

@@ -22,6 +22,7 @@ from awq_compile.errors import ArtifactError, AwqCompileError, EnvironmentMissin
 from awq_compile.formats import QuantScheme
 from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.cuda_source import check_source
 from awq_compile.verify.case import Case, Outcome, arrays_after, call_arguments, judge
 from awq_compile.verify.device_code import DeviceModule, library_code
 from awq_compile.verify.execution import Loaded, load
@@ -134,6 +135,9 @@ def verify_kernels(
     modules = library_code(library)
     if not modules:
         raise ArtifactError(f"{library} holds no device code")
+    for module in modules:
+        if module.kind == "cuda":
+            check_source(sidecar.source, module.code, module.format)
     prefix = system_lib_prefix(library) if target.system_lib else ""
     known = roles(config, scheme, target, options)
     return verify_code(modules, sidecar, known, target, prefix=prefix, progress=progress)

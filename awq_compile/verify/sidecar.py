@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from awq_compile.errors import ArtifactError
 from awq_compile.manifest import file_sha256
+from awq_compile.targets.cuda_source import with_digest
 from awq_compile.verify.launch_table import Table
 
 CONFIG_FOLDER: Final = "lib"  # of a DIST
@@ -50,6 +51,7 @@ def write_sidecar(library: Path, tables: Mapping[str, Table], module: Any) -> No
     """Writes the files for a library that was exported from the runtime module `module`."""
     source = cuda_source(module)
     if source:
+        source = with_digest(source)
         source_path(library).write_text(source, encoding="utf-8", newline="\n")
     data = {
         "format": FORMAT,

@@ -3,7 +3,7 @@
     u64 bytes of the rest
     u64 list row_ptr, u64 list child_indices: the import tree, row i has the imports of module i
     per module: str kind, then its payload as str; "_lib" (the host code) has none
-    OpenCL payload: str fmt, map<str, FunctionInfo>, bytes code
+    OpenCL and CUDA payload: str fmt, map<str, FunctionInfo>, bytes code
     Vulkan payload: str fmt, map<str, FunctionInfo>, map<str, bytes shader>
     shader: u32 flag, u64 number of words, words
     FunctionInfo: str name, list of (u8 code, u8 bits, u16 lanes), list of str launch tags, list of i32 extra tags
@@ -151,13 +151,21 @@ def find_blob(data: bytes) -> Blob:
 
 
 def parse_opencl_payload(payload: bytes) -> tuple[dict[str, FunctionInfo], bytes]:
-    """(functions, source)"""
-    reader = _Reader(payload, "the OpenCL module")
+    """(functions, source); CUDA's has the same form, with any code."""
+    reader = _Reader(payload, "the device module")
     reader.text()
     functions = _read_functions(reader)
     code = reader.raw()
     reader.end()
     return functions, code
+
+
+def write_code_payload(form: str, functions: Mapping[str, FunctionInfo], code: bytes) -> bytes:
+    """Inverse of `parse_opencl_payload`, sorted by name."""
+    parts = [_text(form), _u64(len(functions))]
+    for name, info in sorted(functions.items()):
+        parts += [_text(name), _function(info)]
+    return b"".join([*parts, _raw(code)])
 
 
 def parse_vulkan_payload(payload: bytes) -> tuple[dict[str, FunctionInfo], dict[str, Shader]]:
