@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from multiprocessing.connection import Connection
@@ -59,13 +59,13 @@ class Subject:
         return {k: name for name, table in self.sidecar.tables.items() for k in kernels_of(table)}
 
 
-def draw(subject: Subject, count: int, seed: int) -> Iterator[Mutant]:
+def draw(subject: Subject, count: int, seed: int, operators: Sequence[str] = OPERATORS) -> Iterator[Mutant]:
     """`count` mutants, operators in turn, of kernels drawn at random among those that the operator applies to."""
     rng = np.random.default_rng(seed)
     functions = subject.function_of()
     names = sorted(functions)
     for number in range(count):
-        operator = OPERATORS[number % len(OPERATORS)]
+        operator = operators[number % len(operators)]
         for kernel in (names[i] for i in rng.permutation(len(names))):
             beside = kernels_of(subject.sidecar.tables[functions[kernel]])
             found = next(mutants(subject.module, subject.sidecar.source, kernel, beside, operator, rng), None)

@@ -1,22 +1,25 @@
-"""The same kernel with the threads of a block numbered backwards: without a race, nothing changes.
+"""The same kernel with the threads of a block numbered another way: without a race, nothing changes.
 
 CPU drivers run the threads of a block one after the other, or in vectors, from barrier to barrier. A thread then
-always sees what lower ones have written, barrier or not, but not in both orders. For kernels without subgroup
+always sees what lower ones have written, barrier or not, but not in every order. For kernels without subgroup
 operations, where no number is better than another.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Final
+
+Words = tuple[int, ...]
+Size = tuple[int, int, int]
 
 _LOCAL_ID: Final = re.compile(r"\bget_local_id\((\d)\)")
 _HEADER: Final = 5
 _BOUND: Final = 3
-_TYPE_INT, _TYPE_VECTOR, _CONSTANT, _COMPOSITE, _FUNCTION, _VARIABLE, _LOAD, _DECORATE, _SUB = (
-    *(21, 23, 43, 44, 54, 59, 61, 71),
-    130,
-)
+_TYPE_VECTOR, _CONSTANT, _COMPOSITE, _FUNCTION, _LOAD, _DECORATE, _BARRIER = 23, 43, 44, 54, 61, 71, 224
+_SUB, _SHIFT_RIGHT, _SHIFT_LEFT, _OR, _AND = 130, 194, 196, 197, 199
+_ALL: Final = 0xFFFFFFFF
 _LOCAL_INVOCATION_ID: Final = 27
 _BUILT_IN: Final = 11
 _SUBGROUP: Final = range(333, 367)  # OpGroupNonUniform…
@@ -32,39 +35,88 @@ def reversed_opencl(source: str) -> str:
     return _LOCAL_ID.sub(r"(get_local_size(\1) - 1 - get_local_id(\1))", source)
 
 
-def reversed_spirv(words: tuple[int, ...], size: tuple[int, int, int]) -> tuple[int, ...] | None:
-    """SPIR-V with LocalInvocationId counted from the end; None where it has nothing shared or uses subgroups."""
+def reversed_spirv(words: Words, size: Size) -> Words | None:
+    """SPIR-V with LocalInvocationId counted from the end; None where it shares nothing or uses subgroups."""
+    return _renumbered(words, "reverse", tuple(extent - 1 for extent in size))
+
+
+def rotated_spirv(words: Words, size: Size) -> Words | None:
+    """SPIR-V with the bits of LocalInvocationId.x rotated by three: neighbours fall into different vectors of 8.
+
+    None where it shares nothing, uses subgroups, or has another number of threads along x than 16, 32, …
+    """
+    bits = size[0].bit_length() - 1
+    if size[0] != 1 << bits or bits < 4:
+        return None
+    return _renumbered(words, "rotate", (bits - 3, 3, size[0] - 1))
+
+
+def _renumbered(words: Words, how: str, numbers: tuple[int, ...]) -> Words | None:
     instructions = []
     at = _HEADER
     while at < len(words):
         length = words[at] >> 16
         instructions.append((words[at] & 0xFFFF, list(words[at + 1 : at + length])))
         at += length
-    if any(op in _SUBGROUP for op, _ in instructions) or not any(op == 224 for op, _ in instructions):
+    if any(op in _SUBGROUP for op, _ in instructions) or not any(op == _BARRIER for op, _ in instructions):
         return None
     built_in = [o[0] for op, o in instructions if op == _DECORATE and o[1:] == [_BUILT_IN, _LOCAL_INVOCATION_ID]]
     loads = [o for op, o in instructions if op == _LOAD and o[2] in built_in]
     if not loads:
         return None
-    vector = loads[0][0]
-    scalar = next(o[1] for op, o in instructions if op == _TYPE_VECTOR and o[0] == vector)
-    fresh = words[_BOUND]
-    parts, last = [fresh, fresh + 1, fresh + 2], fresh + 3
-    fresh += 4
+    code = _Code(words[_BOUND], loads[0][0])
+    code.scalar = next(o[1] for op, o in instructions if op == _TYPE_VECTOR and o[0] == code.vector)
+    if how == "reverse":
+        constants = [code.constant(numbers)]
+    else:
+        left, right, mask = numbers
+        constants = [code.constant(v) for v in ((left, 0, 0), (right, 0, 0), (mask, _ALL, _ALL))]
+    declared = code.words
+    code.words = []
     out: list[int] = []
-    declared = False
     for op, operands in instructions:
-        if op == _FUNCTION and not declared:
-            declared = True
-            for part, extent in zip(parts, size, strict=True):
-                out += [4 << 16 | _CONSTANT, scalar, part, extent - 1]
-            out += [6 << 16 | _COMPOSITE, vector, last, *parts]
+        if op == _FUNCTION and declared:
+            out += declared
+            declared = []
         if op == _LOAD and operands[2] in built_in:
-            out += [4 << 16 | _LOAD, vector, fresh, operands[2]]
-            out += [5 << 16 | _SUB, vector, operands[1], last, fresh]
-            fresh += 1
+            thread = code.new()
+            code.words = [4 << 16 | _LOAD, code.vector, thread, operands[2]]
+            if how == "reverse":
+                code.operation(_SUB, operands[1], constants[0], thread)
+            else:
+                high = code.operation(_SHIFT_LEFT, code.new(), thread, constants[0])
+                low = code.operation(_SHIFT_RIGHT, code.new(), thread, constants[1])
+                both = code.operation(_OR, code.new(), high, low)
+                code.operation(_AND, operands[1], both, constants[2])
+            out += code.words
         else:
             out += [(len(operands) + 1) << 16 | op, *operands]
     header = list(words[:_HEADER])
-    header[_BOUND] = fresh
+    header[_BOUND] = code.bound
     return (*header, *out)
+
+
+@dataclass
+class _Code:
+    """Instructions being written on vectors of three unsigned integers."""
+
+    bound: int
+    vector: int
+    scalar: int = 0
+    words: list[int] = field(default_factory=list)
+
+    def new(self) -> int:
+        self.bound += 1
+        return self.bound - 1
+
+    def constant(self, values: tuple[int, ...]) -> int:
+        parts = [self.new() for _ in values]
+        for part, value in zip(parts, values, strict=True):
+            self.words += [4 << 16 | _CONSTANT, self.scalar, part, value]
+        result = self.new()
+        self.words += [6 << 16 | _COMPOSITE, self.vector, result, *parts]
+        return result
+
+    def operation(self, opcode: int, result: int, a: int, b: int) -> int:
+        self.words += [5 << 16 | opcode, self.vector, result, a, b]
+        return result
