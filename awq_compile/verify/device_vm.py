@@ -73,7 +73,7 @@ def device_vm(library: Path, context: CompileContext) -> Iterator[DeviceVM]:
     prefix = system_lib_prefix(library) if target.system_lib else ""
     tables = {name.removeprefix(prefix): table for name, table in sidecar.tables.items()}
     executable = tvm.get_global_func(f"ffi.Module.load_from_bytes.{_EXECUTABLE}")(_executable(blob, library))
-    with load(device_modules(blob, library.name), sidecar.source, target) as loaded:
+    with load(device_modules(blob, library.name), sidecar.source, target, orders=False) as loaded:
         found = DeviceVM(None, loaded.device)
         executor = _Counting(loaded, found.launches)
 

@@ -37,11 +37,13 @@ class Loaded:
 
 
 @contextmanager
-def load(modules: Sequence[DeviceModule], source: str, target: TargetSpec, seconds: float = 300.0) -> Iterator[Loaded]:
+def load(
+    modules: Sequence[DeviceModule], source: str, target: TargetSpec, seconds: float = 300.0, *, orders: bool = True
+) -> Iterator[Loaded]:
     """Loads a library's modules (of one kind) into the executor of the target's kind.
 
-    `source` is CUDA C++, which stands for machine code; `seconds` are allowed for a launch. Raises
-    `EnvironmentMissingError` naming what to install.
+    `source` is CUDA C++, which stands for machine code; `seconds` are allowed for a launch; with `orders`, OpenCL
+    and Vulkan kernels run again with their threads renumbered. Raises `EnvironmentMissingError` naming what to install.
     """
     kind = str(target.tvm_target["kind"])
     if len(modules) != 1 or modules[0].kind != kind:
@@ -49,9 +51,9 @@ def load(modules: Sequence[DeviceModule], source: str, target: TargetSpec, secon
         raise ArtifactError(f"the library for {target.name} has device modules of the kinds {found}, expected {kind}")
     module = modules[0]
     if kind == "opencl":
-        yield from _opencl(module, seconds)
+        yield from _opencl(module, seconds, orders)
     elif kind == "vulkan":
-        yield from _vulkan(module)
+        yield from _vulkan(module, orders)
     elif kind in ("cuda", "metal"):
         yield from _simt(module, source, seconds)
     else:
@@ -90,11 +92,11 @@ def too_slow(config: ModelConfig, target: TargetSpec) -> str | None:
     return f"a matrix of {elements / 1e6:.0f} million elements takes long here"
 
 
-def _opencl(module: DeviceModule, seconds: float) -> Iterator[Loaded]:
+def _opencl(module: DeviceModule, seconds: float, orders: bool) -> Iterator[Loaded]:
     from awq_compile.verify.executors.opencl import OpenCLExecutor, split_kernels
 
     units = split_kernels(bytes(module.code).decode())
-    shared = {name: text for name, text in units.items() if has_barrier_opencl(text)}
+    shared = {name: text for name, text in units.items() if orders and has_barrier_opencl(text)}
     executor, backwards = OpenCLExecutor(seconds=seconds), OpenCLExecutor(seconds=seconds)
     executor.load(module.device_code())
     backwards.load(DeviceCode("cl", kernels={name: reversed_opencl(text) for name, text in shared.items()}))
@@ -114,14 +116,14 @@ def _opencl(module: DeviceModule, seconds: float) -> Iterator[Loaded]:
         backwards.close()
 
 
-def _vulkan(module: DeviceModule) -> Iterator[Loaded]:
+def _vulkan(module: DeviceModule, orders: bool) -> Iterator[Loaded]:
     from awq_compile.verify.executors.vulkan import VulkanExecutor
 
     shaders = {name: _shader(name, module) for name in module.kernels}
     others: dict[str, list[str]] = {name: [] for name in shaders}
     renumbered = {}
     for name, shader in shaders.items():
-        for how in (reversed_spirv, rotated_spirv):
+        for how in (reversed_spirv, rotated_spirv) if orders else ():
             if (words := how(shader.words, shader.local_size)) is not None:
                 key = f"{name}.{how.__name__}"
                 others[name].append(key)
