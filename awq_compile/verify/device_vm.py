@@ -20,6 +20,7 @@ import numpy as np
 
 from awq_compile.compiler import CompileContext, device_passes, lowered_module, system_lib_prefix, vm_passes
 from awq_compile.errors import ArtifactError, AwqCompileError
+from awq_compile.targets.cuda_source import check_source
 from awq_compile.targets.vulkan.blob import parse_blob
 from awq_compile.verify.device_code import _library_bin, _objects, device_modules
 from awq_compile.verify.execution import Loaded, load
@@ -72,8 +73,12 @@ def device_vm(library: Path, context: CompileContext) -> Iterator[DeviceVM]:
     sidecar = read_sidecar(library)
     prefix = system_lib_prefix(library) if target.system_lib else ""
     tables = {name.removeprefix(prefix): table for name, table in sidecar.tables.items()}
+    modules = device_modules(blob, library.name)
+    for module in modules:
+        if module.kind == "cuda":
+            check_source(sidecar.source, module.code, module.format)
     executable = tvm.get_global_func(f"ffi.Module.load_from_bytes.{_EXECUTABLE}")(_executable(blob, library))
-    with load(device_modules(blob, library.name), sidecar.source, target, orders=False) as loaded:
+    with load(modules, sidecar.source, target, orders=False) as loaded:
         found = DeviceVM(None, loaded.device)
         executor = _Counting(loaded, found.launches)
 
