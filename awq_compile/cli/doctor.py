@@ -41,6 +41,7 @@ def doctor(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
         _tvm(),
         _linker(),
         _runs_here(),
+        *_gpu_targets(),
         _cache(),
         _memory(),
         _optional("fetch models from the hub", "huggingface_hub"),
@@ -120,6 +121,22 @@ def _runs_here() -> Finding:
         f"{system} {machine}, {threads} threads",
         "use an x86-64 or AArch64 machine",
     )
+
+
+def _gpu_targets() -> list[Finding]:
+    """Building and verifying for GPUs, which a machine without one can do as well."""
+    if _version("apache-tvm") is None:
+        return []
+    from awq_compile.targets import resolve_target
+    from awq_compile.verify.execution import missing, unbuildable
+
+    found = []
+    for name in ("cuda", "vulkan", "metal", "opencl"):
+        target = resolve_target(name)
+        for what, reason in (("compile for", unbuildable(target)), ("verify kernels of", missing(target))):
+            problem, _, fix = (reason or "").partition("; ")
+            found.append(Finding(f"{what} {name}", reason is None, problem or "yes", fix, needed=False))
+    return found
 
 
 def _cache() -> Finding:

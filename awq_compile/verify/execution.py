@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +82,21 @@ def missing(target: TargetSpec) -> str | None:
         return f"{error}; {error.hint}" if error.hint else str(error)
     except ImportError as error:
         return f"the package {error.name} is not installed; pip install {error.name}"
+    return None
+
+
+def unbuildable(target: TargetSpec) -> str | None:
+    """What building for a target needs and this machine has not; None where all is there."""
+    if importlib.util.find_spec("ziglang") is None:
+        return "the package ziglang is not installed; pip install ziglang"
+    if target.tvm_target["kind"] != "cuda" or shutil.which("nvcc"):
+        return None
+    try:
+        found = importlib.util.find_spec("cuda.bindings.nvrtc")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return "neither nvcc nor NVRTC is there; pip install nvidia-cuda-nvrtc cuda-bindings"
     return None
 
 
