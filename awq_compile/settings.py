@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 
@@ -19,6 +20,11 @@ def num_threads() -> int:
     if own := os.environ.get("AWQ_COMPILE_THREADS"):
         return max(1, int(own))
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def linker() -> list[str]:
+    """Command of a compiler driver that links for the target, `$AWQ_COMPILE_LINKER`, in words; empty for zig."""
+    return shlex.split(os.environ.get("AWQ_COMPILE_LINKER", ""))
 
 
 def environment() -> dict[str, str]:

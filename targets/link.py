@@ -46,7 +46,8 @@ def zig_target(triple: str) -> str:
 def link_shared(triple: str, output: Path, objects: list[Path]) -> None:
     """`zig cc -shared` without any standard library: TVM's symbols and libm are those of the process.
 
-    Windows wants to know whose they are: see `windows`.
+    Windows wants to know whose they are: see `windows`. A compiler driver that the user names for the target
+    (`settings.linker`) takes zig's place.
     """
     target = zig_target(triple)
     with tempfile.TemporaryDirectory(prefix="awq-link-") as folder:  # the linker leaves files where it runs
@@ -60,16 +61,23 @@ def link_shared(triple: str, output: Path, objects: list[Path]) -> None:
         elif target == "x86_64-windows-gnu":
             extra = support_files(Path(folder), objects, zig)
         files = [str(path.resolve()) for path in objects]
-        zig(["cc", "-target", target, "-shared", "-nostdlib", "-g0", *extra, "-o", str(output.resolve()), *files])
+        arguments = ["-shared", "-nostdlib", "-g0", *extra, "-o", str(output.resolve()), *files]
+        if linker := settings.linker():
+            _run([*linker, *arguments], output.name, Path(folder), "check AWQ_COMPILE_LINKER")
+        else:
+            zig(["cc", "-target", target, *arguments])
 
 
 def _zig(command: list[str], what: str, folder: Path) -> None:
+    _run([sys.executable, "-m", "ziglang", *command], what, folder, "pip install ziglang")
+
+
+def _run(command: list[str], what: str, folder: Path, hint: str) -> None:
     cache = str(settings.cache_dir().resolve() / "zig")
     environment = settings.environment() | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
     try:
-        full = [sys.executable, "-m", "ziglang", *command]
-        done = subprocess.run(full, capture_output=True, text=True, env=environment, cwd=folder)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     except OSError as error:
-        raise EnvironmentMissingError(f"the linker could not be started: {error}", hint="pip install ziglang") from None
+        raise EnvironmentMissingError(f"the linker could not be started: {error}", hint=hint) from None
     if done.returncode:
-        raise CompileError(f"linking {what} failed: {done.stderr.strip()[-2000:]}", hint="pip install ziglang")
+        raise CompileError(f"linking {what} failed: {done.stderr.strip()[-2000:]}", hint=hint)

@@ -12,7 +12,7 @@ import pytest
 import tvm
 
 from awq_compile.compiler import export_executable
-from awq_compile.errors import UsageError
+from awq_compile.errors import EnvironmentMissingError, UsageError
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.build import scheduled_linear
 from awq_compile.problem import Epilogue, MatmulProblem
@@ -71,6 +71,18 @@ def test_libraries_are_linked_reproducibly(name: str, suffix: str, start: bytes,
     assert magic(paths[0]) == start
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(p.name for p in paths[0].parent.iterdir()) == [f"lib{suffix}"]
+
+
+def test_a_linker_that_the_user_names_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler driver in AWQ_COMPILE_LINKER; one that is not there is an error that says where to look."""
+    target, path = resolve_target("cpu"), tmp_path / "lib.so"
+    monkeypatch.setenv("AWQ_COMPILE_LINKER", f"{sys.executable} -m ziglang cc")
+    export_executable(built(target), target, path)
+    assert magic(path) == b"\x7fELF"
+    monkeypatch.setenv("AWQ_COMPILE_LINKER", "no-such-compiler")
+    with pytest.raises(EnvironmentMissingError) as caught:
+        export_executable(built(target), target, path)
+    assert caught.value.hint == "check AWQ_COMPILE_LINKER"
 
 
 def test_what_cannot_be_linked_is_an_archive_of_objects(tmp_path: Path) -> None:
