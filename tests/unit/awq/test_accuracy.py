@@ -17,9 +17,7 @@ def test_divergence_is_far_below_round_to_nearest(tmp_path: Path) -> None:
     scheme = QuantScheme.parse("w3g128")
     models = {"original": torch_logits(original_model(DEMO))}
     for method in ("rtn", "awq"):
-        found = quantize_model(
-            DEMO, tmp_path / method, QuantScheme.parse(scheme), CalibrationSpec(samples=16), method=method
-        )
+        found = quantize_model(DEMO, tmp_path / method, scheme, CalibrationSpec(samples=16), method=method)
         models[method] = torch_logits(dequantized_model(found))
     scores = score(models, text_windows(DEMO / "heldout.txt", DEMO, 512, 6))
     assert scores["awq"].mean_kl < 0.6 * scores["rtn"].mean_kl
