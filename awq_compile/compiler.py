@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from awq_compile.errors import CompileError
 from awq_compile.formats import QuantScheme, WeightSpec
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import Parameter, model_parameters
@@ -292,13 +291,10 @@ def export_executable(executable: Any, target: TargetSpec, out: Path) -> None:
         else:
             target.link(Path(path), files)
 
-    try:
-        # The linker is given the final name: on macOS it becomes part of the library.
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            executable.export_library(str(Path(folder) / out.name), fcompile=write)
-            (Path(folder) / out.name).replace(out)
-    except OSError as error:
-        raise CompileError(f"{out} cannot be written: {error.strerror}") from None
+    # The linker is given the final name: on macOS it becomes part of the library.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        executable.export_library(str(Path(folder) / out.name), fcompile=write)
+        (Path(folder) / out.name).replace(out)
 
 
 def _write_tar(path: Path, files: list[Path]) -> None:
