@@ -18,7 +18,9 @@ def targets(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
 
     output = Output(as_json, verbose)
     columns = ("target", "library", "scheme", "builds", "runs", "verifies", "compiled for")
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column != columns[-1], overflow="fold")
     result: list[dict[str, Any]] = []
     absent: dict[str, str | None] = {}  # by kind of device: each is tried once
     for name in known_targets():
