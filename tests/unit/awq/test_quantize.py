@@ -130,8 +130,11 @@ def test_ctrl_c_resumes_at_the_last_finished_layer(model: Path, text: Path, tmp_
 def test_other_options_start_afresh_and_say_so(model: Path, text: Path, tmp_path: Path) -> None:
     """A partial directory of another scheme, text, seed or model is not resumed from."""
 
-    def interrupt(done: int, _total: int, _left: float | None, _message: str) -> None:
-        if done == 2:
+    seen: list[str] = []
+
+    def interrupt(done: int, _total: int, _left: float | None, message: str) -> None:
+        seen.append(message)
+        if done == 1:
             raise KeyboardInterrupt
 
     changes: list[dict[str, Any]] = [
@@ -146,7 +149,9 @@ def test_other_options_start_afresh_and_say_so(model: Path, text: Path, tmp_path
         base = {"model_dir": model, "out": tmp_path / f"out{i}", "scheme": SCHEME, "calibration": spec(text)}
         with pytest.raises(KeyboardInterrupt):
             quantize_model(**base, on_progress=interrupt)
-        seen = messages(**{**base, **change})
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(**{**base, **change}, on_progress=interrupt)
         assert "starting afresh" in seen[0], change
         assert seen[1] == "layer 1 of 3", change
 
