@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, TypeVar
 
 import numpy as np
@@ -31,6 +32,7 @@ _BARRIER: Final = re.compile(
 _CONSTANT: Final = re.compile(r"(?<=[ (])(\d+)(?=[);])(?![^\[\]]*\]\s*;)")
 _OPERATOR: Final = re.compile(r" (-|/|%|<|>=|<=|>>|<<) ")
 _INDEX: Final = re.compile(r"\w+_(?:ptr|shared|smem|local)\w*\[|\b(?:v|buf\w*)_\d+\[")
+_SHARED: Final = re.compile(r"^\s*(?:__local|threadgroup|__shared__|extern __shared__)\b[^=;]*?(\w+)\[\d*\];")
 _DECLARATION: Final = re.compile(r"^\s*(?:__local |threadgroup |thread |__shared__ |alignas\(\d+\) )*\w+ \w+\[\d+\];")
 
 
@@ -118,10 +120,29 @@ def definition(kind: str, text: str, kernel: str) -> tuple[int, int]:
 def text_edits(body: str) -> Iterator[Edit]:
     """Every edit of a kernel's body."""
     at = 0
-    for line in body.splitlines(keepends=True):
-        if not _DECLARATION.match(line) and not line.lstrip().startswith(("#", "//")):
+    lines = body.splitlines(keepends=True)
+    idle = _idle_barriers(lines)
+    for number, line in enumerate(lines):
+        if number not in idle and not _DECLARATION.match(line) and not line.lstrip().startswith(("#", "//")):
             yield from (_moved(edit, at) for edit in _line_edits(line))
         at += len(line)
+
+
+def _idle_barriers(lines: Sequence[str]) -> set[int]:
+    """Lines of barriers that order nothing of their own: what is shared before and behind them is not the same.
+
+    TVM puts barriers beside those that its attention kernels have; without one of them, the next still orders.
+    (Round a loop, one of these may order something after all: they are not drawn, which claims nothing.)
+    """
+    shared = [m[1] for line in lines if (m := _SHARED.match(line))]
+    names = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in shared))
+    barriers = [i for i, line in enumerate(lines) if _BARRIER.search(line)]
+    if not shared:
+        return set()
+    code = [line if not _SHARED.match(line) else "" for line in lines]
+    ends = [-1, *barriers, len(lines)]
+    touched = [set(names.findall("".join(code[a + 1 : b]))) for a, b in pairwise(ends)]
+    return {at for at, before, behind in zip(barriers, touched, touched[1:], strict=False) if not before & behind}
 
 
 def _line_edits(line: str) -> Iterator[Edit]:

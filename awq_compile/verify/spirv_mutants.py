@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 _HEADER: Final = 5
 _BOUND: Final = 3  # header word: all ids are below it
+_VARIABLE, _WORKGROUP = 59, 4
 _CONSTANT, _FUNCTION, _ACCESS, _ADD, _BARRIER, _INT = 43, 54, 65, 128, 224, 21
 _SWAPPED: Final = {  # operations (type, result, a, b) that do not commute, by opcode
     130: "ISub",
@@ -103,8 +105,17 @@ class _Shader:
                         yield new, f"{value} → {value + step} in operation {opcode} at word {at}"
 
     def barrier(self) -> Iterator[tuple[list[int], str]]:
-        for at, opcode, operands in self.body:
-            if opcode == _BARRIER:
+        body = self.body
+        shared = {o[1] for _, op, o in self.instructions if op == _VARIABLE and o[2] == _WORKGROUP}
+        places = [i for i, (_, opcode, _) in enumerate(body) if opcode == _BARRIER]
+        touched = [
+            {o[2] for _, op, o in body[a + 1 : b] if op == _ACCESS and o[2] in shared}
+            for a, b in pairwise([-1, *places, len(body)])
+        ]
+        # Where nothing shared is touched both before and behind a barrier, the next one orders what it would.
+        idle = {at for at, one, two in zip(places, touched, touched[1:], strict=False) if shared and not one & two}
+        for number, (at, opcode, operands) in enumerate(body):
+            if opcode == _BARRIER and number not in idle:
                 yield self.words[:at] + self.words[at + 1 + len(operands) :], f"dropped the barrier at word {at}"
 
     def swap(self) -> Iterator[tuple[list[int], str]]:

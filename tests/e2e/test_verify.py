@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -24,6 +26,7 @@ from awq_compile.verify.execution import missing
 from awq_compile.verify.kernels import KernelVerification, verify_code, verify_kernels
 from awq_compile.verify.mutants import Mutant, definition
 from awq_compile.verify.mutation_run import PRESETS, Subject, draw, judge_mutant
+from awq_compile.verify.offline import cuda_resources, spirv_errors
 from awq_compile.verify.sidecar import Sidecar, read_sidecar, table_path
 
 OPTIONS = CompileOptions(context_window_size=256, prefill_chunk_size=64, max_batch_size=4)
@@ -178,6 +181,27 @@ def test_random_mutants_are_caught(subjects: Callable[[str], Subject]) -> None:
             if not judge_mutant(subject, mutant):
                 survivors.append(f"{name} {mutant.kernel}: {mutant.what}")
     assert len(survivors) <= 1, survivors  # some change nothing that any thread sees
+
+
+def test_shaders_are_valid(subjects: Callable[[str], Subject]) -> None:
+    """spirv-val finds nothing in any shader of the library."""
+    assert spirv_errors(subjects("vulkan").module) == []
+
+
+def test_the_gemv_does_not_spill(subjects: Callable[[str], Subject]) -> None:
+    """Registers of the quantised GEMV suffice on Ampere, Ada and Hopper."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    subject = subjects("cuda:sm_80")
+    text, gemv = subject.sidecar.source, f"{LINEAR}_kernel"
+    for kernel in subject.module.functions:
+        if kernel != gemv:
+            start, stop = definition("cuda", text, kernel)
+            text = text[: text.rindex('extern "C"', 0, start)] + text[stop:]
+    text = re.sub(r'^extern "C" __global__ [^{};]*;$', "", text, flags=re.MULTILINE)  # declarations of the others
+    found = cuda_resources(text, ("sm_80", "sm_89", "sm_90"))
+    assert {r.arch for r in found if r.kernel == gemv} == {"sm_80", "sm_89", "sm_90"}
+    assert not any(r.spill_bytes for r in found), found
 
 
 HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
