@@ -38,6 +38,7 @@ def rows_of(matrix: Matrix, rows: npt.NDArray[np.integer]) -> Matrix:
     """Some rows of W."""
     if not isinstance(matrix, QuantizedMatrix):
         return np.asarray(matrix[rows])
+    matrix = matrix.in_order("NK")
     zero = None if matrix.q_zero is None else matrix.q_zero[rows]
     return QuantizedMatrix(matrix.spec, matrix.q_weight[rows], matrix.q_scale[rows], zero)
 
