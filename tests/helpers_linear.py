@@ -41,7 +41,7 @@ def product_and_bound(x: npt.NDArray[Any], matrix: QuantizedMatrix | npt.NDArray
     return wide @ values.T, (x.shape[1] + 8) * unit * (np.abs(wide) @ np.abs(values).T)
 
 
-def run_and_compare(function: Any, problem: MatmulProblem, rows: tuple[int, ...], target: Any, seed: int = 0) -> None:
+def check_linear(function: Any, problem: MatmulProblem, rows: tuple[int, ...], target: Any, seed: int = 0) -> None:
     """Runs a PrimFunc of `problem` for several M on fresh inputs and a poisoned output, against the oracle."""
     rng = np.random.default_rng(seed)
     call = tvm.compile(tvm.IRModule({"linear": function.with_attr("global_symbol", "linear")}), target=target)["linear"]

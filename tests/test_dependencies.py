@@ -20,7 +20,7 @@ LAYERS = (
     ("formats", "reference", "problem", "schedules"),
     ("models.architectures", "models.config", "models.parameters", "models.weights", "models"),
     ("awq", "targets"),
-    ("models.decoder", "models.kv_cache", "models.sampling", "frontends", "kernels"),
+    ("models.decoder", "models.kv_cache", "models.sampling", "kernels"),
     ("passes", "tuning"),
     ("compiler", "artifact", "manifest", "runtime", "verification", "evaluate", "report", "verify", "deploy"),
     ("cli",),

@@ -35,28 +35,12 @@ def zeros(lanes: int) -> Expr:
     return tirx.const(0, "float32") if lanes == 1 else tirx.Broadcast(tirx.const(0, "float32"), lanes)
 
 
-class VectorRegisters:
-    """`count` float32 vectors that stay in registers. TVM inlines a bound value wherever it is read; a buffer stays."""
-
-    def __init__(self, count: int, lanes: int) -> None:
-        self.lanes = lanes
-        self._buffer = T.alloc_buffer((count * lanes,), "float32", scope="local")
-
-    def __getitem__(self, index: int) -> Expr:
-        return self._buffer[ramp(index * self.lanes, self.lanes)]
-
-    def __setitem__(self, index: int, value: Expr) -> None:
-        T.buffer_store(self._buffer, value, [ramp(index * self.lanes, self.lanes)])
-
-
 def total(value: Expr, lanes: int) -> Expr:
     """Sum of the lanes, by halves."""
     while lanes > 1:
         half = lanes // 2
-        whole = VectorRegisters(1, lanes)
-        whole[0] = value
         low, high = list(range(half)), list(range(half, lanes))
-        value = tirx.Shuffle([whole[0]], low) + tirx.Shuffle([whole[0]], high)
+        value = T.bind(tirx.Shuffle([value], low) + tirx.Shuffle([value], high))
         lanes = half
     return value
 

@@ -15,17 +15,7 @@ from tvm.script.ir_builder import tirx as T
 
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.simd import (
-    RowReader,
-    VectorRegisters,
-    cast,
-    prefetch,
-    ramp,
-    repeat_each,
-    row_reader,
-    total,
-    zeros,
-)
+from awq_compile.kernels.simd import RowReader, cast, prefetch, ramp, repeat_each, row_reader, total, zeros
 from awq_compile.schedules import GemvSchedule
 
 Expr = Any
@@ -97,45 +87,51 @@ def _tile(
     """Products of `weight_rows` with rows first … first + batch of x, and their epilogue."""
     lanes, groups = reader.lanes, reader.groups
     cells = [(r, m) for r in range(len(weight_rows)) for m in range(batch)]
-    acc, shifts = VectorRegisters(len(cells), lanes), VectorRegisters(len(cells), max(groups, 1))
+    acc = T.alloc_buffer((len(cells) * lanes,), "float32", scope="local")
+    shifts = T.alloc_buffer((len(cells) * max(groups, 1),), "float32", scope="local")
+
+    def acc_at(cell: int) -> Expr:
+        return ramp(cell * lanes, lanes)
+
+    def shift_at(cell: int) -> Expr:
+        return ramp(cell * groups, groups)
+
     for cell in range(len(cells)):
-        acc[cell] = zeros(lanes)
+        T.buffer_store(acc, zeros(lanes), [acc_at(cell)])
         if groups:
-            shifts[cell] = zeros(groups)
-    weight = args.weight[args.codes]
+            T.buffer_store(shifts, zeros(groups), [shift_at(cell)])
     with T.serial(0, reader.k // reader.step) as step:
+        weight = args.weight[args.codes]
         for row in weight_rows if ahead else ():
             T.evaluate(prefetch(weight, row + ahead, reader.words(step)))
         words = [reader.load(weight, row, step) for row in weight_rows]
-        partial, xs, decoded = (
-            VectorRegisters(len(cells), lanes),
-            VectorRegisters(batch, lanes),
-            VectorRegisters(1, lanes),
-        )
+        partial: dict[tuple[int, int], Expr] = {}
         for part in range(reader.parts):
-            for m in range(batch):
-                xs[m] = arranged[first + m, ramp(step * reader.step + part * lanes, lanes)]
+            xs = [T.bind(arranged[first + m, ramp(step * reader.step + part * lanes, lanes)]) for m in range(batch)]
             for r in range(len(weight_rows)):
-                decoded[0] = reader.values(words[r], part)
+                value = T.bind(reader.values(words[r], part))
                 for m in range(batch):
-                    cell, product = cells.index((r, m)), decoded[0] * xs[m]
-                    partial[cell] = partial[cell] + product if part else product
+                    old = partial.get((r, m))
+                    partial[r, m] = T.bind(value * xs[m] if old is None else old + value * xs[m])
         for r, row in enumerate(weight_rows):
             if groups:
                 at = ramp(step * groups, groups)
                 scale, shift = args.scale_and_shift(lambda name, row=row, at=at: args.weight[name][row, at], groups)  # type: ignore[misc]
-                scales = VectorRegisters(1, lanes)
-                scales[0] = repeat_each(scale, groups, lanes // groups)
+                scale = T.bind(repeat_each(scale, groups, lanes // groups))
             for m in range(batch):
                 cell = cells.index((r, m))
+                value = partial[r, m]
                 if groups:
+                    value = value * scale
                     group_sums = sums[first + m, ramp(step * groups, groups)]
-                    shifts[cell] = shifts[cell] + shift * group_sums
-                acc[cell] = acc[cell] + (partial[cell] * scales[0] if groups else partial[cell])
-    results = VectorRegisters(len(cells), 1)
+                    T.buffer_store(shifts, shifts[shift_at(cell)] + shift * group_sums, [shift_at(cell)])
+                T.buffer_store(acc, acc[acc_at(cell)] + value, [acc_at(cell)])
+    results = []
     for cell in range(len(cells)):
-        result = total(acc[cell], lanes)
-        results[cell] = result - total(shifts[cell], groups) if groups else result
+        result = total(T.bind(acc[acc_at(cell)]), lanes)
+        if groups:
+            result = result - total(T.bind(shifts[shift_at(cell)]), groups)
+        results.append(T.bind(result))
     for m in range(batch):
         for c, column in enumerate(columns):
             value = results[cells.index((c, m))]
