@@ -22,7 +22,7 @@ LAYERS = (
     ("awq", "targets"),
     ("models.decoder", "models.kv_cache", "models.sampling", "kernels"),
     ("passes", "tuning"),
-    ("compiler", "artifact", "manifest", "runtime", "verification", "evaluate", "report", "verify", "deploy"),
+    ("compiler", "artifact", "chat", "manifest", "runtime", "verification", "evaluate", "report", "verify", "deploy"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

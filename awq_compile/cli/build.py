@@ -221,7 +221,8 @@ class _Job:
         With `text`, the report carries perplexities: of the original and the checkpoints `measured`
         (round-to-nearest, AWQ) when MODEL was floating-point, and of the library.
         """
-        from awq_compile.artifact import DistWriter, chat_config, versions
+        from awq_compile.artifact import DistWriter, versions
+        from awq_compile.chat.config import chat_config
         from awq_compile.manifest import CHAT_CONFIG, dump_json
         from awq_compile.models.parameters import model_parameters
         from awq_compile.report import build_report, render_html

@@ -17,7 +17,8 @@ import pytest
 from helpers_models import DEMO, write_model
 
 from awq_compile import artifact
-from awq_compile.artifact import DistWriter, chat_config, disk_error
+from awq_compile.artifact import DistWriter, disk_error
+from awq_compile.chat.config import chat_config
 from awq_compile.errors import ArtifactError, EnvironmentMissingError, ModelError, UsageError
 from awq_compile.formats import QuantizedMatrix, QuantScheme, QuantSpec
 from awq_compile.manifest import CHAT_CONFIG, file_sha256, open_dist

@@ -1,0 +1,1 @@
+"""How a conversation becomes a prompt, and mlc-chat-config.json, which tells the MLC runtime."""
