@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import Final
 
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
@@ -62,6 +63,19 @@ class MatmulProblem:
         tail = f"_{self.epilogue.name}" if self.epilogue.name else ""
         kind = self.spec.name if isinstance(self.spec, QuantSpec | Float16Spec) else ""
         return f"qmatmul_{kind}_n{self.n}_k{self.k}{tail}" + ("" if self.dtype == "float32" else f"_{self.dtype}")
+
+
+def encode_problem(problem: MatmulProblem) -> str:
+    """A `MatmulProblem` as a JSON string."""
+    return json.dumps(asdict(problem), sort_keys=True)
+
+
+def decode_problem(text: str) -> MatmulProblem:
+    """Inverse of `encode_problem`."""
+    data = json.loads(text)
+    spec = data["spec"]
+    data["spec"] = QuantSpec(**spec) if "bits" in spec else Float16Spec(**spec)
+    return MatmulProblem(**{**data, "epilogue": Epilogue(**data["epilogue"])})
 
 
 ROW_BUCKETS: Final = ("gemv", "small", "gemm")  # M = 1, 2 to 8, more

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from awq_compile.kernels.build import scheduled_linear
-from awq_compile.kernels.linear import TAG, decode_problem
+from awq_compile.kernels.linear import TAG
 from awq_compile.passes.base import RelaxPass, copy
-from awq_compile.problem import MatmulProblem
+from awq_compile.problem import MatmulProblem, decode_problem
 from awq_compile.schedules import LinearSchedule
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from tvm import relax
 from tvm_ffi import structural_equal
 
-from awq_compile.kernels.linear import TAG, decode_problem, reference_linear
+from awq_compile.kernels.linear import TAG, reference_linear
 from awq_compile.passes.base import (
     RelaxPass,
     add_prim_func,
@@ -31,7 +31,7 @@ from awq_compile.passes.base import (
     uses_of,
     with_blocks,
 )
-from awq_compile.problem import Epilogue, MatmulProblem
+from awq_compile.problem import Epilogue, MatmulProblem, decode_problem
 
 Expr = Any
 

@@ -31,7 +31,7 @@ from awq_compile.schedules import (
 
 def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     """The quantised linear: one function, three kernels, each by the template of its schedule."""
-    check_order(problem, schedule)
+    check_order(problem, schedule.gemv, schedule.small, schedule.gemm)
     with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args), T.If(args.m == 1):
         with T.Then():
             _few_rows(args, schedule.gemv, 1)
@@ -43,11 +43,22 @@ def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     return builder.get()
 
 
-def check_order(problem: MatmulProblem, schedule: LinearSchedule) -> None:
+def bucket_linear(problem: MatmulProblem, bucket: str, schedule: FewRows | ManyRows) -> Any:
+    """The kernel of one bucket of rows alone, without the dispatch: what tuning builds. It serves M of that bucket."""
+    check_order(problem, schedule)
+    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
+        if bucket == "gemm":
+            _many_rows(args, schedule)  # type: ignore[arg-type]
+        else:
+            _few_rows(args, schedule, 1 if bucket == "gemv" else SMALL_ROWS)  # type: ignore[arg-type]
+    return builder.get()
+
+
+def check_order(problem: MatmulProblem, *schedules: FewRows | ManyRows) -> None:
     """Raises `CompileError` for a template that does not read the order in which the weights lie."""
     kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
     nk_only = (GemvSchedule, GemmSchedule, SimtGemvSchedule)
-    for chosen in (schedule.gemv, schedule.small, schedule.gemm):
+    for chosen in schedules:
         if isinstance(chosen, nk_only) if kn else isinstance(chosen, ColumnGemvSchedule):
             raise CompileError(f"{problem.name}: {type(chosen).__name__} does not read {'KN' if kn else 'NK'} weights")
 

@@ -8,10 +8,9 @@ where the epilogue has them, then y.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from tvm import te, tirx
@@ -20,25 +19,12 @@ from tvm.script.ir_builder import tirx as T
 
 from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.kernels.simd import cast, ramp, zeros
-from awq_compile.problem import Epilogue, MatmulProblem
+from awq_compile.problem import MatmulProblem, encode_problem
 
 Expr = Any
 Buffer = Any
 
-TAG: Final = "awq_compile.problem"  # function and sblock attribute: a MatmulProblem as JSON
-
-
-def encode_problem(problem: MatmulProblem) -> str:
-    """A `MatmulProblem` as a JSON string, the value of `TAG`."""
-    return json.dumps(asdict(problem), sort_keys=True)
-
-
-def decode_problem(text: str) -> MatmulProblem:
-    """Inverse of `encode_problem`."""
-    data = json.loads(text)
-    spec = data["spec"]
-    data["spec"] = QuantSpec(**spec) if "bits" in spec else Float16Spec(**spec)
-    return MatmulProblem(**{**data, "epilogue": Epilogue(**data["epilogue"])})
+TAG: Final = "awq_compile.problem"  # function and sblock attribute: `problem.encode_problem`
 
 
 @dataclass(frozen=True)

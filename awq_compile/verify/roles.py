@@ -95,7 +95,8 @@ def roles_of(module: Any, config: ModelConfig) -> dict[str, Role]:
 
 def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
     from awq_compile.kernels.embedding import EMBEDDING_TAG
-    from awq_compile.kernels.linear import TAG, decode_problem
+    from awq_compile.kernels.linear import TAG
+    from awq_compile.problem import decode_problem
 
     if TAG in function.attrs:
         problem = decode_problem(str(function.attrs[TAG]))

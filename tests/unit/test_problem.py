@@ -6,8 +6,7 @@ import pytest
 
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
-from awq_compile.kernels.linear import decode_problem, encode_problem
-from awq_compile.problem import Epilogue, MatmulProblem, row_bucket
+from awq_compile.problem import Epilogue, MatmulProblem, decode_problem, encode_problem, row_bucket
 from awq_compile.schedules import GemmSchedule, GemvSchedule
 
 BASE = MatmulProblem(64, 128, QuantSpec(4, 32))

@@ -57,7 +57,12 @@ def linear(
     bias: npt.NDArray[Any] | None = None,
     residual: npt.NDArray[Any] | None = None,
 ) -> tuple[F64, F64]:
-    """(y, bound). The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
+    """(y, bound)."""
+    return epilogue(problem, *products(problem, x, matrix), bias, residual)
+
+
+def products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix) -> tuple[F64, F64]:
+    """(x Wᵀ, bound). The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
     if isinstance(matrix, QuantizedMatrix):
         acc = reference.linear(x, matrix)
         error = reference.linear_bound(x, matrix, unit_roundoff=ROUNDOFF["float32"])
@@ -67,7 +72,7 @@ def linear(
     if len(x) > SMALL_ROWS and isinstance(matrix, QuantizedMatrix):
         rounded = np.abs(x.astype(np.float64)) @ np.abs(values_of(matrix)).T
         error = error + 1.01 * ROUNDOFF[problem.dtype] * rounded
-    return epilogue(problem, acc, error, bias, residual)
+    return acc, error
 
 
 def epilogue(

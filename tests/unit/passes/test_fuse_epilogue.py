@@ -9,9 +9,10 @@ from helpers_passes import block_module, block_plan, check_golden
 from tvm import relax
 
 from awq_compile.formats import QuantSpec
-from awq_compile.kernels.linear import TAG, decode_problem
+from awq_compile.kernels.linear import TAG
 from awq_compile.passes.fuse_epilogue import FuseEpilogue
 from awq_compile.passes.quantize_linears import QuantizeLinears
+from awq_compile.problem import decode_problem
 
 SPEC = QuantSpec(4, 32)
 

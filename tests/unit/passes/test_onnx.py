@@ -12,11 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from tvm.relax.frontend.onnx import from_onnx
 
 from awq_compile.formats import QuantizedMatrix, QuantSpec, dequantize_matrix, packed_name
-from awq_compile.kernels.linear import TAG, decode_problem
+from awq_compile.kernels.linear import TAG
 from awq_compile.passes.apply_schedules import ApplySchedules
 from awq_compile.passes.fuse_epilogue import FuseEpilogue
 from awq_compile.passes.quantize_linears import QuantizeLinears
 from awq_compile.passes.verify_quantized import VerifyQuantized
+from awq_compile.problem import decode_problem
 from awq_compile.targets import resolve_target
 
 SPEC = QuantSpec(4, 32)

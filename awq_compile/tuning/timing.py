@@ -1,0 +1,103 @@
+"""Runs a loaded kernel: the result first, then the times. Knows neither how it was built nor what runs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from awq_compile.tuning.foreign import Candidate
+from awq_compile.tuning.inputs import Inputs
+from awq_compile.tuning.measure import Fingerprint, Plan, Times, Work
+
+
+class Kernel(Protocol):
+    """A candidate on a device, with its arguments."""
+
+    def run(self, copy: int) -> float:
+        """Runs with a copy of W, waits, and gives the seconds that the device took."""
+
+    def wrong(self) -> str:
+        """What is wrong with the last result; empty when nothing is."""
+
+
+class Device(Protocol):
+    """Builds and loads kernels in this process."""
+
+    fingerprint: Fingerprint
+    copies: int  # of W, for the work that was prepared
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Takes the arguments of the kernels that are loaded from now on."""
+
+    def load(self, work: Work, candidate: Candidate) -> Kernel:
+        """Builds a candidate. Raises anything."""
+
+
+@dataclass
+class Clock:
+    """Times of one kernel; copies of W are taken in turns, so that its weights are cold."""
+
+    kernel: Kernel
+    copies: int
+    at: int = 0
+    estimate: float = math.inf  # seconds of a run
+
+    def cold(self) -> float:
+        """One run over the copy that was not read for longest."""
+        self.at = (self.at + 1) % self.copies
+        return self.kernel.run(self.at)
+
+    def warm(self) -> float:
+        """One run over the copy that was read last."""
+        return self.kernel.run(self.at)
+
+
+def check(clock: Clock) -> str:
+    """Runs once and says what is wrong with the result."""
+    clock.estimate = clock.cold()
+    return clock.kernel.wrong()
+
+
+def time_kernel(clock: Clock, plan: Plan) -> tuple[Times, Times | None]:
+    """(cold, warm) of one kernel."""
+    return time_in_turns([clock], plan)[0]
+
+
+def time_in_turns(clocks: Sequence[Clock], plan: Plan) -> list[tuple[Times, Times | None]]:
+    """(cold, warm) of several kernels, their runs spread evenly among each other's: a disturbance meets all of them."""
+    for clock in clocks:
+        for _ in range(plan.warmups if clock.estimate <= plan.slow else 0):
+            clock.estimate = min(clock.estimate, clock.cold())
+    counts = [plan.cold_runs(clock.estimate) for clock in clocks]
+    cold: list[list[float]] = [[] for _ in clocks]
+    for at in in_turns(counts):
+        cold[at].append(clocks[at].cold())
+    warm = [[clock.warm() for _ in range(plan.warm_runs(clock.estimate))] for clock in clocks]
+    return [(Times.of(c), Times.of(w) if w else None) for c, w in zip(cold, warm, strict=True)]
+
+
+def in_turns(counts: Sequence[int]) -> list[int]:
+    """Each number i, `counts[i]` times, evenly spread; the order within a round changes from one to the next.
+
+    A kernel does not always run in the wake of the same other.
+    """
+    rounds, order = max(counts, default=0), []
+    for round_ in range(rounds):
+        for i in range(len(counts)):
+            at = (i + round_) % len(counts)
+            if (round_ + 1) * counts[at] // rounds > round_ * counts[at] // rounds:
+                order.append(at)
+    return order
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache that Linux reports, else 32 MiB."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes, default=32 << 20)

@@ -1,0 +1,69 @@
+"""A device that runs nothing: what a candidate does, and how long it takes, is in the fields of its schedule.
+
+Started as a program it is a worker for `LocalMeasurer`, as `awq_compile.tuning.worker` is for real devices.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from awq_compile.formats import QuantSpec
+from awq_compile.problem import MatmulProblem
+from awq_compile.schedules import GemvSchedule
+from awq_compile.tuning.inputs import Inputs
+from awq_compile.tuning.measure import Fingerprint, Work
+
+COMMAND = [sys.executable, str(Path(__file__).resolve())]
+GOOD, CRASHES, HANGS, WRONG, FAILS = range(5)  # the field `prefetch`
+PROBLEM = MatmulProblem(96, 64, QuantSpec(4, 32), dtype="float16")
+WORK = Work(PROBLEM, "gemv", 1)
+
+
+def fake(what: int, rows: int = 2) -> GemvSchedule:
+    """A candidate that behaves so, and where it is good takes `rows` microseconds."""
+    return GemvSchedule(4, rows, prefetch=what)
+
+
+@dataclass(frozen=True)
+class FakeKernel:
+    """See `timing.Kernel`."""
+
+    schedule: Any
+
+    def run(self, copy: int) -> float:
+        if self.schedule.prefetch == CRASHES:
+            os.abort()
+        if self.schedule.prefetch == HANGS:
+            time.sleep(1000)
+        return (self.schedule.rows + copy / 1000) * 1e-6
+
+    def wrong(self) -> str:
+        return "y is wrong" if self.schedule.prefetch == WRONG else ""
+
+
+class FakeDevice:
+    """See `timing.Device`."""
+
+    fingerprint = Fingerprint("fake", "gpu", "driver 1", 1)
+    copies = 3
+
+    def prepare(self, inputs: Inputs) -> None:
+        if log := os.environ.get("FAKE_DEVICE_LOG"):
+            with Path(log).open("a") as file:
+                file.write(f"{inputs.work.name}\n")
+
+    def load(self, work: Work, candidate: Any) -> FakeKernel:
+        if candidate.prefetch == FAILS:
+            raise ValueError("does not compile")
+        return FakeKernel(candidate)
+
+
+if __name__ == "__main__":
+    from awq_compile.tuning.worker import serve
+
+    serve(lambda _: FakeDevice())
