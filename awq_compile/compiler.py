@@ -17,21 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from awq_compile.formats import QuantScheme, WeightSpec
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import Parameter, model_parameters
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.database import ScheduleDatabase, shipped_records
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What the user asks: sizes in tokens and sequences."""
-
-    context_window_size: int
-    prefill_chunk_size: int
-    max_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -199,12 +191,11 @@ def lowered_module(context: CompileContext) -> Any:
     """The model's PrimFuncs, quantised linears scheduled and all others not yet."""
     import tvm
 
-    from awq_compile.models.decoder import DecoderSizes, export_decoder
+    from awq_compile.models.decoder import export_decoder
 
     options = context.options
-    sizes = DecoderSizes(options.context_window_size, options.prefill_chunk_size, options.max_batch_size)
     target = tvm.target.Target(context.target.tvm_target)
-    module, _ = export_decoder(context.config, sizes, context.target.dtype, target)
+    module, _ = export_decoder(context.config, options, context.target.dtype, target)
     with target:
         # Schedules are applied to a module of our own: TVM's rules change the one they are given.
         return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(_with_bounds(module, options))
@@ -253,12 +244,8 @@ def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:
     config, options = context.config, context.options
     data = {
         "model_type": config.model_type,
-        "quantization": context.scheme.name,
-        "context_window_size": options.context_window_size,
-        "sliding_window_size": -1,
-        "attention_sink_size": -1,
-        "prefill_chunk_size": options.prefill_chunk_size,
-        "max_batch_size": options.max_batch_size,
+        "quantization": context.scheme.mlc_name,
+        **options.runtime_keys(),
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
         "model_task": "chat",
@@ -273,6 +260,7 @@ def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
+            "page_size": options.page_size,  # for our own runtime
         },
     }
     builder = relax.BlockBuilder()

@@ -204,13 +204,16 @@ class Float16Spec:
 WeightSpec = QuantSpec | Float16Spec
 
 
+MLC_SCHEMES: Final = {"q4f16_1": "w4g32-h4", "q4f16_0": "w4g32kn-h4"}  # mlc_llm/quantization/quantization.py
+
+
 @dataclass(frozen=True)
 class QuantScheme:
     """Formats of a whole model: the layers' linears, and embedding and LM head.
 
     Named `w4g128`, or `w4g128-h8` and `w4g128-h4` when embedding and head are quantised too (same group
-    and symmetry as the linears). Embedding and head are always NK, also in `w4g32kn-h4`: an embedding reads
-    whole rows, and a tied head is the same matrix.
+    and symmetry as the linears). The embedding is always NK, for it is read by rows; a head of its own has the
+    order of the linears. Where MLC has a name for the same bytes, `q4f16_1` or `q4f16_0`, that is the name.
     """
 
     linear: QuantSpec
@@ -219,12 +222,23 @@ class QuantScheme:
     @property
     def name(self) -> str:
         """Inverse of `parse`."""
-        return self.linear.name + (f"-h{self.head.bits}" if isinstance(self.head, QuantSpec) else "")
+        own = self.linear.name + (f"-h{self.head.bits}" if isinstance(self.head, QuantSpec) else "")
+        return next((mlc for mlc, ours in MLC_SCHEMES.items() if ours == own), own)
+
+    @property
+    def mlc_name(self) -> str:
+        """What mlc-chat-config.json calls it: MLC's `q4f16_2` is `w4g32`."""
+        return {"w4g32": "q4f16_2"}.get(self.name, self.name)
+
+    @property
+    def lm_head(self) -> WeightSpec:
+        """Format of a head that is not the embedding itself."""
+        return self.head.in_order(self.linear.order) if isinstance(self.head, QuantSpec) else self.head
 
     @staticmethod
     def parse(name: str) -> QuantScheme:
-        """`w4g128`, `w3g128a`, `w4g32-h4`, …"""
-        stem, dash, tail = name.partition("-")
+        """`w4g128`, `w3g128a`, `w4g32-h4` or `q4f16_1`, …"""
+        stem, dash, tail = MLC_SCHEMES.get(name, name).partition("-")
         linear = QuantSpec.parse(stem)
         if not dash:
             return QuantScheme(linear)

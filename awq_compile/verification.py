@@ -78,10 +78,11 @@ def verify_library(dist_dir: Path, model: QuantizedModel, target: TargetSpec) ->
     from awq_compile.evaluate import dequantized_model, torch_logits
     from awq_compile.runtime.engine import Engine
 
-    count = min(TOKENS, model.config.context_window_size)
+    engine = Engine(dist_dir, target=target.name)
+    count = min(TOKENS, model.config.context_window_size, engine.attention_window)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, count)
     expected = torch_logits(dequantized_model(model))(tokens)
-    found = Engine(dist_dir, target=target.name).logits(tokens)
+    found = engine.logits(tokens)
     worst = float(np.max(np.abs(found.astype(np.float64) - expected)))
     return Verification(ran=True, tokens=count, max_difference=worst if math.isfinite(worst) else math.inf)
 

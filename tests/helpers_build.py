@@ -14,8 +14,9 @@ from tvm_ffi import Shape
 
 from awq_compile.compiler import lower_passes, vm_passes
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig, read_config
-from awq_compile.models.decoder import DecoderSizes, export_decoder
+from awq_compile.models.decoder import export_decoder
 from awq_compile.models.parameters import model_parameters
 
 ANY_SCHEME = QuantScheme.parse("w4g32")  # the floating-point parameters do not depend on the scheme
@@ -55,12 +56,13 @@ def save_hf_config(hf_config: Any, folder: Path, architecture: str) -> ModelConf
 class Float:
     """A compiled floating-point decoder with its weights and one KV cache."""
 
-    def __init__(self, config: ModelConfig, state: dict[str, Any], sizes: DecoderSizes) -> None:
+    def __init__(self, config: ModelConfig, state: dict[str, Any], sizes: CompileOptions) -> None:
         module, _ = export_decoder(config, sizes, "float32")
         executable = build(module)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
         self.params = float_params(config, state)
-        shape = (sizes.max_batch_size, sizes.context_window_size, sizes.prefill_chunk_size, sizes.page_size, 0)
+        slides = int(sizes.sliding_window_size is not None)
+        shape = (sizes.max_batch_size, sizes.cached_tokens, sizes.prefill_chunk_size, sizes.page_size, slides)
         self.cache = self.vm["create_tir_paged_kv_cache"](*(Shape([size]) for size in shape))
 
     def state(self, name: str, *arguments: Any) -> Any:

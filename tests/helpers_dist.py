@@ -13,9 +13,10 @@ import tvm
 from helpers_build import ANY_SCHEME, build, float_params
 from tvm import relax
 
+from awq_compile.limits import CompileOptions
 from awq_compile.manifest import FileEntry, LibraryEntry, Manifest
 from awq_compile.models.config import ModelConfig
-from awq_compile.models.decoder import DecoderSizes, export_decoder
+from awq_compile.models.decoder import export_decoder
 from awq_compile.models.parameters import model_parameters
 
 
@@ -24,19 +25,22 @@ def link(library: str, objects: list[str], _options: Any = None) -> None:
     subprocess.run([sys.executable, "-m", "ziglang", "cc", "-shared", "-o", library, *objects], check=True)
 
 
-def _metadata(config: ModelConfig, sizes: DecoderSizes, params: list[dict[str, Any]]) -> str:
+def _metadata(config: ModelConfig, sizes: CompileOptions, params: list[dict[str, Any]]) -> str:
     return json.dumps(
         {
             "model_type": config.model_type,
             "quantization": ANY_SCHEME.name,
             "context_window_size": sizes.context_window_size,
             "prefill_chunk_size": sizes.prefill_chunk_size,
+            "sliding_window_size": -1,
+            "attention_sink_size": -1,
             "max_batch_size": sizes.max_batch_size,
             "tensor_parallel_shards": 1,
             "params": params,
             "memory_usage": {},
             "kv_cache": {
                 "num_hidden_layers": config.num_layers,
+                "page_size": sizes.page_size,
                 "head_dim": config.head_dim,
                 "num_attention_heads": config.num_heads,
                 "num_key_value_heads": config.num_kv_heads,
@@ -67,7 +71,7 @@ def write_manifest(folder: Path, library: str, **changed: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(json.loads(text) | changed))
 
 
-def write_float_dist(folder: Path, config: ModelConfig, state: dict[str, Any], sizes: DecoderSizes) -> None:
+def write_float_dist(folder: Path, config: ModelConfig, state: dict[str, Any], sizes: CompileOptions) -> None:
     """A DIST with float32 weights, in two shards, and a stop token (1); no tokenizer."""
     (folder / "lib").mkdir(parents=True)
     tensors = dict(

@@ -17,7 +17,7 @@ PACKAGE = Path(awq_compile.__file__).parent
 # files) is data that the quantiser reads; how it is *computed* (decoder, KV cache) lies above the targets.
 LAYERS = (
     ("errors", "settings"),
-    ("formats", "reference", "problem", "schedules"),
+    ("formats", "limits", "reference", "problem", "schedules"),
     ("models.architectures", "models.config", "models.parameters", "models.weights", "models"),
     ("awq", "targets"),
     ("models.decoder", "models.kv_cache", "models.sampling", "kernels"),

@@ -109,8 +109,7 @@ class QuantizedModel:
 
     def spec(self, name: str) -> WeightSpec:
         """Format of the matrix that Hugging Face calls `name`, for example `model.embed_tokens.weight`."""
-        outer = name in ("model.embed_tokens.weight", "lm_head.weight")
-        return self.scheme.head if outer else self.scheme.linear
+        return _spec(self.scheme, name)
 
     def matrix(self, name: str) -> QuantizedMatrix | F16:
         """The matrix that Hugging Face calls `name` (`….weight`), packed or float16."""
@@ -152,15 +151,18 @@ class QuantizedModel:
             raise CheckpointError(f"{self._files[name]}: {name} cannot be read: {problem}") from None
 
 
+def _spec(scheme: QuantScheme, name: str) -> WeightSpec:
+    outer = {"model.embed_tokens.weight": scheme.head, "lm_head.weight": scheme.lm_head}
+    return outer.get(name, scheme.linear)
+
+
 def checkpoint_arrays(config: ModelConfig, scheme: QuantScheme) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """(name, shape, dtype) of every array that a checkpoint holds."""
     for name, shape in expected_tensors(config):
         if len(shape) == 1:
             yield name, shape, "float16"
             continue
-        outer = name in ("model.embed_tokens.weight", "lm_head.weight")
-        spec = scheme.head if outer else scheme.linear
-        for suffix, (found, dtype) in spec.arrays(shape[0], shape[1]).items():
+        for suffix, (found, dtype) in _spec(scheme, name).arrays(shape[0], shape[1]).items():
             yield name.removesuffix("weight") + suffix, found, dtype
 
 

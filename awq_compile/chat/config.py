@@ -8,6 +8,7 @@ from typing import Any
 
 from awq_compile.errors import ModelError
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.manifest import dump_json
 from awq_compile.models.config import ModelConfig
 
@@ -15,10 +16,8 @@ from awq_compile.models.config import ModelConfig
 def chat_config(
     config: ModelConfig,
     scheme: QuantScheme,
+    options: CompileOptions,
     *,
-    context_window_size: int,
-    prefill_chunk_size: int,
-    max_batch_size: int,
     tokenizer_dir: Path,
     tokenizer_files: list[str],
 ) -> str:
@@ -28,13 +27,9 @@ def chat_config(
     """
     generation = _generation_defaults(tokenizer_dir)
     sizes = {
-        "context_window_size": context_window_size,
-        "prefill_chunk_size": prefill_chunk_size,
-        "sliding_window_size": -1,
-        "attention_sink_size": -1,
+        **options.runtime_keys(),
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
-        "max_batch_size": max_batch_size,
     }
     model_config = {
         "hidden_size": config.hidden_size,
@@ -71,7 +66,7 @@ def chat_config(
         {
             "version": "0.1.0",
             "model_type": config.model_type,
-            "quantization": scheme.name,
+            "quantization": scheme.mlc_name,
             "model_config": model_config,
             "vocab_size": config.vocab_size,
             **sizes,

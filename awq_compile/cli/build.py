@@ -22,6 +22,7 @@ from awq_compile.cli.evaluate import (
 )
 from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme
 from awq_compile.errors import CompileError, UsageError
+from awq_compile.limits import DEFAULT_PAGE
 
 if TYPE_CHECKING:
     from awq_compile.artifact import DistWriter
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from awq_compile.awq.checkpoint import QuantizedModel
     from awq_compile.awq.quantize import Method
     from awq_compile.cli.source import Source
-    from awq_compile.compiler import CompileOptions
     from awq_compile.formats import QuantScheme
+    from awq_compile.limits import CompileOptions
     from awq_compile.models.config import ModelConfig
     from awq_compile.targets.base import TargetSpec
     from awq_compile.verification import Verification
@@ -92,6 +93,25 @@ def build(
         int | None,
         typer.Option(min=1, help="Sequences at a time.", rich_help_panel=o.LIMITS, show_default=str(DEFAULT_BATCH)),
     ] = None,
+    sliding_window_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep the last so many tokens of an endless sequence.",
+            rich_help_panel=o.LIMITS,
+            show_default="none: a sequence ends",
+        ),
+    ] = None,
+    attention_sink_size: Annotated[
+        int, typer.Option(min=0, help="First tokens that a sliding window keeps.", rich_help_panel=o.LIMITS)
+    ] = 0,
+    page_size: Annotated[
+        int,
+        typer.Option(
+            help="Tokens in a page of the KV cache. Other than 16, MLC's engine must be told: kv_cache_page_size.",
+            rich_help_panel=o.LIMITS,
+        ),
+    ] = DEFAULT_PAGE,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -142,7 +162,16 @@ def build(
     check_output(final)
     config = read_config(source.path)
     tokenizer_files(source.path)
-    options = _options(config, context_window_size, prefill_chunk_size, max_batch_size)
+    options = _options(
+        config,
+        context_window_size,
+        prefill_chunk_size,
+        max_batch_size,
+        page_size,
+        sliding_window_size,
+        attention_sink_size,
+    )
+    _tell_memory(config, chosen, options, targets, output)
     if not source.quantised:
         calibration = calibration_spec(config, calib, calib_samples, calib_length, seed)
         quantised = _quantised(source, chosen.in_order("NK"), calibration, how, output)
@@ -177,18 +206,51 @@ def _quantised(
     return quantised(source, folder, scheme, calibration, method, output)
 
 
-def _options(config: ModelConfig, context: int | None, prefill: int | None, batch: int | None) -> CompileOptions:
-    """The limits, with the model's own context window as the largest."""
-    from awq_compile.compiler import CompileOptions
+def _options(
+    config: ModelConfig,
+    context: int | None,
+    prefill: int | None,
+    batch: int | None,
+    page: int,
+    window: int | None,
+    sink: int,
+) -> CompileOptions:
+    """The limits, with the model's own context window as the largest, unless an attention window slides over it."""
+    from awq_compile.limits import CompileOptions
 
     most = config.context_window_size
-    if context is not None and context > most:
-        raise UsageError(f"--context-window-size {context} is more than the model's own {most}", hint=f"at most {most}")
-    window = context or min(most, DEFAULT_CONTEXT)
+    for option, size in (("context", context), ("sliding", window)):
+        if size is not None and size > most:
+            raise UsageError(
+                f"--{option}-window-size {size} is more than the model's own {most}", hint=f"at most {most}"
+            )
+    if context is not None and window is not None:
+        raise UsageError(
+            "--context-window-size and --sliding-window-size exclude each other: a sequence either ends or slides"
+        )
+    context = window or context or min(most, DEFAULT_CONTEXT)
     return CompileOptions(
-        context_window_size=window,
-        prefill_chunk_size=min(prefill or DEFAULT_PREFILL, window),
+        context_window_size=context,
+        prefill_chunk_size=min(prefill or DEFAULT_PREFILL, context),
         max_batch_size=batch or DEFAULT_BATCH,
+        page_size=page,
+        sliding_window_size=window,
+        attention_sink_size=sink,
+    )
+
+
+def _tell_memory(
+    config: ModelConfig, scheme: QuantScheme, options: CompileOptions, targets: list[TargetSpec], output: Output
+) -> None:
+    """What the compiled model will hold in memory, before any work."""
+    from awq_compile.models.parameters import model_parameters
+
+    parameters = sum(p.nbytes for p in model_parameters(config, scheme))
+    element = max({"float16": 2, "float32": 4}[target.dtype] for target in targets)
+    cache = options.kv_cache_bytes(config.num_layers, config.num_kv_heads, config.head_dim, element)
+    output.step(
+        f"memory of the compiled model: {nbytes(parameters)} of parameters, and {nbytes(cache)} of KV cache "
+        f"for each sequence of {options.cached_tokens} tokens"
     )
 
 
@@ -228,18 +290,13 @@ class _Job:
         from awq_compile.report import build_report, render_html
 
         model, name = self.model, self.source.name
-        limits = {
-            "context_window_size": self.options.context_window_size,
-            "prefill_chunk_size": self.options.prefill_chunk_size,
-            "max_batch_size": self.options.max_batch_size,
-        }
-        recorded = {"method": model.method, **limits}
+        recorded = {"method": model.method, **asdict(self.options)}
         with DistWriter(self.final) as dist:
             self.output.step("packaging the parameters")
             dist.write_parameters(model_parameters(model.config, model.scheme), model)
             tokenizer = dist.write_tokenizer(model.path)
             config = chat_config(
-                model.config, model.scheme, **limits, tokenizer_dir=model.path, tokenizer_files=tokenizer
+                model.config, model.scheme, self.options, tokenizer_dir=model.path, tokenizer_files=tokenizer
             )
             dist.write_text(CHAT_CONFIG, config)
             dist.write_text("lib/config.json", (model.path / "config.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ Verbose = Annotated[
 Scheme = Annotated[
     str | None,
     typer.Option(
-        help="Bits, group, order and head in one word: w4g128, w3g64a, w4g32-h8, w4g32kn.",
+        help="Bits, group, order and head in one word: w4g128, w3g64a, w4g32-h8, w4g32kn; or MLC's q4f16_1, q4f16_0.",
         rich_help_panel=QUANT,
         show_default="the target's",
     ),

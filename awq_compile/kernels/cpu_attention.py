@@ -1,6 +1,6 @@
 """Attention on a paged KV cache for machines with vector registers, with the signatures of TVM's KV cache.
 
-TVM's own CPU kernels are serial scalar loops. These keep the softmax running over blocks of 16 positions
+TVM's own CPU kernels are serial scalar loops. These keep the softmax running over blocks of positions
 (a page) and count scores in powers of two, s = q·k * scale * log2(e), as TVM's state merging expects:
 
     m' = max(m, max s),  a = 2^(m - m'),  p = 2^(s - m'),  l' = l a + sum p,  o' = o a + sum p v
@@ -29,7 +29,6 @@ from awq_compile.kernels.simd import cast, ramp, total, zeros
 Expr = Any
 Buffer = Any
 
-PAGE: Final = 16  # positions of a page, and of a block
 _VECTORS: Final = 2  # vectors of rows per tile
 _LOWEST: Final = -5e4  # a score that counts for nothing, TVM's choice
 # 2^f on [-1/2, 1/2], relative error below 1e-8.
@@ -40,13 +39,17 @@ _EXP2: Final = (
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes that the kernels are compiled for. `lanes` is the widest vector, a power of two."""
+    """Sizes that the kernels are compiled for. `lanes` is the widest vector, a power of two.
+
+    `page`: positions of a page of the cache, which the kernels take together.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     dtype: str = "float32"
     lanes: int = 16
+    page: int = 16
 
     @property
     def group(self) -> int:
@@ -145,10 +148,10 @@ def paged_prefill(shape: AttentionShape) -> Any:
         sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
         with T.serial(0, b) as i:
             first = T.bind(page_indptr[i])
-            length = T.bind(_length(page_indptr, length_info, i))
+            length = T.bind(_length(s, page_indptr, length_info, i))
 
             def block_reader(head: Expr, block: Expr, first: Expr = first) -> tuple[_Element, _Element]:
-                page, start = T.bind(page_values[first + block]), block * PAGE
+                page, start = T.bind(page_values[first + block]), block * s.page
                 return (lambda p, d: pages[page, 0, head, p - start, d]), (
                     lambda p, d: pages[page, 1, head, p - start, d]
                 )
@@ -160,14 +163,14 @@ def paged_prefill(shape: AttentionShape) -> Any:
 def _page_arguments(s: AttentionShape, b: Expr) -> tuple[Buffer, Buffer, Buffer, Buffer]:
     """pages, page_indptr, page_values, length_info (tokens in each sequence's last page)."""
     count, used = tirx.Var("num_pages", "int32"), tirx.Var("nnz_pages", "int32")
-    pages = T.arg("pages", T.buffer((count, 2, s.kv_heads, PAGE, s.head_dim), s.dtype))
+    pages = T.arg("pages", T.buffer((count, 2, s.kv_heads, s.page, s.head_dim), s.dtype))
     return pages, _int32("page_indptr", b + 1), _int32("page_values", used), _int32("length_info", b)
 
 
-def _length(page_indptr: Buffer, length_info: Buffer, i: Expr) -> Expr:
+def _length(s: AttentionShape, page_indptr: Buffer, length_info: Buffer, i: Expr) -> Expr:
     """Positions of sequence i: whole pages, and what the last one holds."""
     pages = page_indptr[i + 1] - page_indptr[i]
-    return tirx.Select(pages > 0, (pages - 1) * PAGE + length_info[i], tirx.const(0, "int32"))
+    return tirx.Select(pages > 0, (pages - 1) * s.page + length_info[i], tirx.const(0, "int32"))
 
 
 _Element = Callable[[Expr, Expr], Expr]  # element d of the key (or value) at position p
@@ -203,7 +206,7 @@ def _attend(
         base = T.bind(tile * width)
         q_t = T.alloc_buffer((dim, width), "float32")
         o_t = T.alloc_buffer((dim, width), "float32")
-        scores = T.alloc_buffer((PAGE, width), "float32")
+        scores = T.alloc_buffer((s.page, width), "float32")
         state = T.alloc_buffer((3, width), "float32")  # m, l, a
         visible = T.alloc_buffer((width,), "int32")
         with T.serial(0, width) as lane:
@@ -221,14 +224,14 @@ def _attend(
             with T.serial(0, dim) as d:
                 T.buffer_store(o_t, zeros(lanes), [d, part])
         end = T.bind(tirx.min(length, visible[width - 1]))
-        with T.serial(0, (end + (PAGE - 1)) // PAGE) as block:
-            start = T.bind(block * PAGE)
+        with T.serial(0, (end + (s.page - 1)) // s.page) as block:
+            start = T.bind(block * s.page)
             key, value = block_reader(head, block)
             # Positions past the end repeat the last one and are masked: their memory may hold anything.
             last = T.bind(length - 1)
             _scores(s, q_t, scores, lambda p, d: key(tirx.min(start + p, last), d))
             with T.serial(0, vectors) as v:
-                _softmax(scores, state, visible, start, ramp(v * lanes, lanes), lanes)
+                _softmax(s, scores, state, visible, start, ramp(v * lanes, lanes))
             _add_values(s, o_t, scores, state, lambda p, d: value(tirx.min(start + p, last), d))
         with T.serial(0, tirx.min(rows - base, width)) as lane:
             r = T.bind(base + lane)
@@ -244,7 +247,7 @@ def _scores(s: AttentionShape, q_t: Buffer, scores: Buffer, key: _Element) -> No
     lanes, tile = s.lanes, 4
     acc = T.alloc_buffer((tile * _VECTORS * lanes,), "float32", scope="local")
     slots = {(p, v): ramp((p * _VECTORS + v) * lanes, lanes) for p in range(tile) for v in range(_VECTORS)}
-    with T.serial(0, PAGE // tile) as outer:
+    with T.serial(0, s.page // tile) as outer:
         for slot in slots.values():
             T.buffer_store(acc, zeros(lanes), [slot])
         with T.serial(0, s.head_dim) as d:
@@ -257,21 +260,22 @@ def _scores(s: AttentionShape, q_t: Buffer, scores: Buffer, key: _Element) -> No
             T.buffer_store(scores, acc[slot], [outer * tile + p, ramp(v * lanes, lanes)])
 
 
-def _softmax(scores: Buffer, state: Buffer, visible: Buffer, start: Expr, part: Expr, lanes: int) -> None:
+def _softmax(s: AttentionShape, scores: Buffer, state: Buffer, visible: Buffer, start: Expr, part: Expr) -> None:
     """Replaces the block's scores by their weights p and brings m, l and a up to date."""
+    lanes = s.lanes
     local = T.alloc_buffer((2 * lanes,), "float32", scope="local")
     highest, weights = ramp(0, lanes), ramp(lanes, lanes)
     seen, before = T.bind(visible[part]), T.bind(state[0, part])
     lowest = tirx.Broadcast(tirx.const(_LOWEST, "float32"), lanes)
     T.buffer_store(local, before, [highest])
-    with T.serial(0, PAGE) as p:
+    with T.serial(0, s.page) as p:
         masked = T.bind(tirx.Select(tirx.Broadcast(start + p, lanes) < seen, scores[p, part], lowest))
         T.buffer_store(scores, masked, [p, part])
         T.buffer_store(local, tirx.max(local[highest], masked), [highest])
     after = T.bind(local[highest])
     shrink = exp2(before - after, lanes)
     T.buffer_store(local, state[1, part] * shrink, [weights])
-    with T.serial(0, PAGE) as p:
+    with T.serial(0, s.page) as p:
         weight = exp2(scores[p, part] - after, lanes)
         T.buffer_store(scores, weight, [p, part])
         T.buffer_store(local, local[weights] + weight, [weights])
@@ -288,7 +292,7 @@ def _add_values(s: AttentionShape, o_t: Buffer, scores: Buffer, state: Buffer, v
         for (i, v), slot in slots.items():
             part = ramp(v * lanes, lanes)
             T.buffer_store(acc, o_t[outer * tile + i, part] * state[2, part], [slot])
-        with T.serial(0, PAGE) as p:
+        with T.serial(0, s.page) as p:
             weights = [T.bind(scores[p, ramp(v * lanes, lanes)]) for v in range(_VECTORS)]
             for i in range(tile):
                 element = T.bind(cast("float32", value(p, outer * tile + i), 1))
@@ -317,7 +321,7 @@ def paged_decode(shape: AttentionShape) -> Any:
             i, head = T.bind(task // s.kv_heads), T.bind(task % s.kv_heads)
             queries = T.alloc_buffer((group, s.head_dim), "float32")
             sums = T.alloc_buffer((group, s.head_dim), "float32")
-            scores = T.alloc_buffer((group, PAGE), "float32")
+            scores = T.alloc_buffer((group, s.page), "float32")
             state = T.alloc_buffer((2, group), "float32")  # m, l
             columns = [ramp(v * lanes, lanes) for v in range(vectors)]
             scale = T.bind(sm_scale * math.log2(math.e))
@@ -329,10 +333,10 @@ def paged_decode(shape: AttentionShape) -> Any:
                     T.buffer_store(queries, query * scale, [g, column])
                     T.buffer_store(sums, zeros(lanes), [g, column])
             first = T.bind(page_indptr[i])
-            length = T.bind(_length(page_indptr, length_info, i))
-            with T.serial(0, (length + (PAGE - 1)) // PAGE) as block:
+            length = T.bind(_length(s, page_indptr, length_info, i))
+            with T.serial(0, (length + (s.page - 1)) // s.page) as block:
                 page = T.bind(page_values[first + block])
-                used = T.bind(tirx.min(length - block * PAGE, PAGE))
+                used = T.bind(tirx.min(length - block * s.page, s.page))
                 with T.serial(0, used) as p:
                     key = [T.bind(cast("float32", pages[page, 0, head, p, c], lanes)) for c in columns]
                     with T.serial(0, group) as g:
@@ -341,7 +345,7 @@ def paged_decode(shape: AttentionShape) -> Any:
                             score = score + queries[g, columns[v]] * key[v]
                         T.buffer_store(scores, total(T.bind(score), lanes), [g, p])
                 with T.serial(0, group) as g:
-                    _decode_softmax(scores, sums, state, g, used, columns, lanes)
+                    _decode_softmax(s.page, scores, sums, state, g, used, columns)
                 with T.serial(0, used) as p:
                     value = [T.bind(cast("float32", pages[page, 1, head, p, c], lanes)) for c in columns]
                     with T.serial(0, group) as g:
@@ -357,22 +361,22 @@ def paged_decode(shape: AttentionShape) -> Any:
 
 
 def _decode_softmax(
-    scores: Buffer, sums: Buffer, state: Buffer, g: Expr, used: Expr, columns: list[Expr], lanes: int
+    page: int, scores: Buffer, sums: Buffer, state: Buffer, g: Expr, used: Expr, columns: list[Expr]
 ) -> None:
     """One head's block of scores becomes weights; its state and sums are brought up to date."""
-    every = ramp(0, PAGE)
-    lowest = tirx.Broadcast(tirx.const(_LOWEST, "float32"), PAGE)
-    live = T.ramp(tirx.const(0, "int32"), 1, PAGE) < tirx.Broadcast(used, PAGE)
+    every = ramp(0, page)
+    lowest = tirx.Broadcast(tirx.const(_LOWEST, "float32"), page)
+    live = T.ramp(tirx.const(0, "int32"), 1, page) < tirx.Broadcast(used, page)
     T.buffer_store(scores, tirx.Select(live, scores[g, every], lowest), [g, every])
     score = T.bind(scores[g, every])
     before = T.bind(state[0, g])
-    highest = T.bind(tirx.max(before, _highest(score, PAGE)))
+    highest = T.bind(tirx.max(before, _highest(score, page)))
     shrink = T.bind(tirx.exp2(before - highest))
-    weight = exp2(score - tirx.Broadcast(highest, PAGE), PAGE)
+    weight = exp2(score - tirx.Broadcast(highest, page), page)
     T.buffer_store(scores, weight, [g, every])
     T.buffer_store(state, highest, [0, g])
     # Loaded again, not `total(weight)`: code generation takes time exponential in nested uses of bound values.
-    T.buffer_store(state, state[1, g] * shrink + total(T.bind(scores[g, every]), PAGE), [1, g])
+    T.buffer_store(state, state[1, g] * shrink + total(T.bind(scores[g, every]), page), [1, g])
     for column in columns:
         T.buffer_store(sums, sums[g, column] * shrink, [g, column])
 

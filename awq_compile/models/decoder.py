@@ -12,7 +12,6 @@ verification share one kernel per operation. `decode` has M = 1 as a constant an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import IRModule, relax, te, tirx
@@ -20,19 +19,10 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.target import Target
 
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.kv_cache import KVCache, create_kv_cache
 from awq_compile.models.sampling import inplace_kernels, softmax_with_temperature
-
-
-@dataclass(frozen=True)
-class DecoderSizes:
-    """What a compiled library is dimensioned for, in tokens and sequences."""
-
-    context_window_size: int
-    prefill_chunk_size: int = 512
-    max_batch_size: int = 8
-    page_size: int = 16
 
 
 class _Attention(nn.Module):  # type: ignore[misc]
@@ -129,7 +119,7 @@ def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
 class Decoder(nn.Module):  # type: ignore[misc]
     """Methods are the functions of the library; shapes are those of `_module_spec`."""
 
-    def __init__(self, config: ModelConfig, sizes: DecoderSizes, target: Target) -> None:
+    def __init__(self, config: ModelConfig, sizes: CompileOptions, target: Target) -> None:
         self.config, self.sizes, self.target = config, sizes, target
         self.dtype = "float32"
         self.model = _Model(config)
@@ -197,7 +187,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         shape = relax.ShapeExpr(
             [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, support_sliding_window]
         )
-        return create_kv_cache(self.config, shape, self.dtype, self.target, self.sizes.page_size)
+        return create_kv_cache(self.config, shape, self.dtype, self.target, self.sizes)
 
 
 _CACHE_SHAPE = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
@@ -251,7 +241,7 @@ def _module_spec(decoder: Decoder) -> nn.spec.ModuleSpec:
 
 
 def export_decoder(
-    config: ModelConfig, sizes: DecoderSizes, dtype: str, target: Target | None = None
+    config: ModelConfig, sizes: CompileOptions, dtype: str, target: Target | None = None
 ) -> tuple[IRModule, list[str]]:
     """The module and the names of its parameters, which are those of `model_parameters`, in its order.
 

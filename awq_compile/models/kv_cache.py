@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kernels
 from tvm.target import Target
 from tvm.target.codegen import target_has_features
 
-from awq_compile.errors import CompileError
 from awq_compile.kernels import cpu_attention
 from awq_compile.kernels.cpu_attention import AttentionShape
 from awq_compile.kernels.merge_state import merge_state
+from awq_compile.limits import DEFAULT_PAGE, CompileOptions
 from awq_compile.models.config import ModelConfig
 
 
@@ -63,15 +64,30 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def create_kv_cache(config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, page_size: int) -> KVCache:
+def create_kv_cache(
+    config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, sizes: CompileOptions
+) -> KVCache:
     """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window.
 
-    On the CPU the kernels are ours; elsewhere they are TVM's.
+    On the CPU the kernels are ours, except for sliding windows and token trees; elsewhere they are TVM's.
     """
-    create = _create_for_cpu if target.kind.name == "llvm" else _create_for_gpu
-    if page_size != cpu_attention.PAGE:
-        raise CompileError(f"page size {page_size} is not supported: the attention kernels have {cpu_attention.PAGE}")
-    return KVCache(_expr=create(config, list(shape.values), dtype, target), _name="paged_kv_cache")
+    kernels = _Kernels(config, dtype, target, sizes)
+    found = kernels.for_cpu() if target.kind.name == "llvm" else kernels.for_gpu()
+    arguments = [
+        shape,
+        relax.ShapeExpr([0, config.num_layers]),
+        *(relax.prim_value(size) for size in (config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim)),
+        relax.ShapeExpr([int(tvm_kernels.AttnKind.MHA)] * config.num_layers),
+        relax.prim_value(False),  # no transfer between machines
+        relax.prim_value(tvm_kernels.RopeMode.NORMAL),
+        relax.prim_value(1),
+        relax.prim_value(config.rope_theta),
+        relax.prim_value(0),  # no longrope factors
+        relax.op.zeros((), dtype),
+        *found,
+    ]
+    create = relax.call_pure_packed("vm.builtin.paged_attention_kv_cache_create", *arguments, ty_args=relax.AnyType())
+    return KVCache(_expr=create, _name="paged_kv_cache")
 
 
 def _lanes(target: Target) -> int:
@@ -81,80 +97,89 @@ def _lanes(target: Target) -> int:
     )
 
 
-def _create_for_cpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target) -> Any:
-    """Arguments in the order of `vm.builtin.paged_attention_kv_cache_create`."""
-    builder, t = relax.BlockBuilder.current(), tvm_kernels
-    heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
-    sizes, scaling = AttentionShape(heads, kv_heads, dim, dtype, _lanes(target)), _rope_scaling(c)
+@dataclass(frozen=True)
+class _Kernels:
+    """The kernels of a cache, in the order of `vm.builtin.paged_attention_kv_cache_create`'s arguments."""
 
-    def kernel(function: Any, name: str) -> Any:
-        return builder.add_func(function.with_attr("global_symbol", name), name)
+    config: ModelConfig
+    dtype: str
+    target: Target
+    sizes: CompileOptions
 
-    def attention(function: Any, name: str) -> Any:
-        return relax.Tuple([ir.StringImm("tirx"), kernel(function, name)])
+    def for_cpu(self) -> list[Any]:
+        """Ours; TVM's scalar ones for token trees, which are rare, and where rotation happens within attention.
 
-    # Token trees (speculative decoding) are rare: TVM's scalar kernels serve them.
-    paged_tree = t.tree_attn_with_paged_kv_cache_cpu(kv_heads, heads, dim, dtype, scaling)
-    arguments = [
-        relax.ShapeExpr(shape),
-        relax.ShapeExpr([0, c.num_layers]),
-        *(relax.prim_value(size) for size in (heads, kv_heads, dim, dim)),
-        relax.ShapeExpr([int(t.AttnKind.MHA)] * c.num_layers),
-        relax.prim_value(False),  # no transfer between machines
-        relax.prim_value(t.RopeMode.NORMAL),
-        relax.prim_value(1),
-        relax.prim_value(c.rope_theta),
-        relax.prim_value(0),  # no longrope factors
-        relax.op.zeros((), dtype),
-        kernel(t._kv_cache_transpose_append(kv_heads, dim, dtype), "kv_cache_transpose_append"),
-        kernel(t._kv_cache_transpose_append_mla(dim, dtype), "kv_cache_transpose_append_mla"),
-        attention(cpu_attention.ragged_prefill(sizes), "attention_ragged_prefill"),
-        attention(cpu_attention.paged_prefill(sizes), "attention_paged_prefill"),
-        attention(cpu_attention.paged_decode(sizes), "attention_paged_decode"),
-        relax.Tuple([]),  # no sliding windows: `config.py` caps the context instead
-        relax.Tuple([]),
-        # The runtime takes the paged one first; TVM's own CPU cache passes these two the other way round.
-        attention(paged_tree, "attention_paged_tree"),
-        attention(t.tree_attn_cpu(kv_heads, heads, dim, dtype, scaling), "attention_ragged_tree"),
-        relax.Tuple([]),  # no multi-head latent attention
-        relax.Tuple([kernel(cpu_attention.merge_state(sizes), "attention_merge_state")]),
-        kernel(cpu_attention.split_rotary(sizes, rope_frequencies(c)), "attention_split_rotary"),
-        kernel(t._copy_single_page_cpu(kv_heads, cpu_attention.PAGE, dim, dtype), "kv_cache_copy_single_page"),
-        kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"),
-        kernel(t._compact_kv_copy_cpu(kv_heads, dim, dtype), "kv_cache_compact_kv_copy"),
-    ]
-    return relax.call_pure_packed("vm.builtin.paged_attention_kv_cache_create", *arguments, ty_args=relax.AnyType())
+        With a sliding window the cache holds keys that are not rotated yet, for their positions change.
+        """
+        c, t, page, dtype = self.config, tvm_kernels, self.sizes.page_size, self.dtype
+        heads, kv_heads, dim = c.num_heads, c.num_kv_heads, c.head_dim
+        shape, scaling = AttentionShape(heads, kv_heads, dim, dtype, _lanes(self.target), page), _rope_scaling(c)
+        if self.sizes.sliding_window_size is None:
+            ragged, sliding = cpu_attention.ragged_prefill(shape), [relax.Tuple([]), relax.Tuple([])]
+        else:
+            ragged = t._attention_prefill_ragged_cpu(kv_heads, heads, dim, dim, dtype, scaling)
+            windowed = (kv_heads, heads, dim, dtype, True, scaling)
+            sliding = [
+                self._attention(t._attention_prefill_cpu(*windowed, page_size=page), "attention_sliding_prefill"),
+                self._attention(t._attention_decode_cpu(*windowed, page_size=page), "attention_sliding_decode"),
+            ]
+        return [
+            *self._appending(),
+            self._attention(ragged, "attention_ragged_prefill"),
+            self._attention(cpu_attention.paged_prefill(shape), "attention_paged_prefill"),
+            self._attention(cpu_attention.paged_decode(shape), "attention_paged_decode"),
+            *sliding,
+            # The runtime takes the paged one first; TVM's own CPU cache passes these two the other way round.
+            self._paged_tree(t.tree_attn_with_paged_kv_cache_cpu(kv_heads, heads, dim, dtype, scaling)),
+            self._attention(t.tree_attn_cpu(kv_heads, heads, dim, dtype, scaling), "attention_ragged_tree"),
+            relax.Tuple([]),  # no multi-head latent attention
+            relax.Tuple([self._kernel(cpu_attention.merge_state(shape), "attention_merge_state")]),
+            self._kernel(cpu_attention.split_rotary(shape, rope_frequencies(c)), "attention_split_rotary"),
+            self._kernel(t._copy_single_page_cpu(kv_heads, page, dim, dtype), "kv_cache_copy_single_page"),
+            self._kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype), "kv_cache_debug_get_kv"),
+            self._kernel(t._compact_kv_copy_cpu(kv_heads, dim, dtype, page), "kv_cache_compact_kv_copy"),
+        ]
 
+    def for_gpu(self) -> list[Any]:
+        """TVM's, but for the merging of states, where TVM's races."""
+        c, t, page, dtype, target = self.config, tvm_kernels, self.sizes.page_size, self.dtype, self.target
+        heads, kv_heads, dim, scaling = c.num_heads, c.num_kv_heads, c.head_dim, _rope_scaling(c)
+        attend = (kv_heads, heads, dim, dtype)
+        threads = int(target.attrs["max_num_threads"])
+        rotary = t.llama_rope_with_position_map(c.rope_theta, 1, dim, heads, kv_heads, dtype, scaling, dim)
+        return [
+            *self._appending(),
+            self._attention(t._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, scaling, target)),
+            self._attention(t._attention_prefill(*attend, False, scaling, target, page_size=page)),
+            self._attention(t._attention_decode(*attend, False, scaling, target, page_size=page)),
+            self._attention(t._attention_prefill(*attend, True, scaling, target, page_size=page)),
+            self._attention(t._attention_decode(*attend, True, scaling, target, page_size=page)),
+            self._paged_tree(t.tree_attn_with_paged_kv_cache(*attend, scaling, target)),
+            self._attention(t.tree_attn(*attend, scaling, target)),
+            relax.Tuple([]),  # no multi-head latent attention
+            relax.Tuple([self._kernel(merge_state(heads, dim, dtype, threads))]),
+            self._kernel(rotary),
+            self._kernel(t._copy_single_page(kv_heads, page, dim, dtype, target)),
+            self._kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype)),
+            self._kernel(t._compact_kv_copy(kv_heads, dim, dtype, target, page)),
+        ]
 
-def _create_for_gpu(c: ModelConfig, shape: list[Any], dtype: str, target: Target) -> Any:
-    batch, total, chunk, page, sliding = shape
-    cache = tvm_kernels.TIRPagedKVCache(
-        attn_kind="mha",
-        max_batch_size=batch,
-        max_total_seq_len=total,
-        prefill_chunk_size=chunk,
-        page_size=page,
-        support_sliding_window=sliding,
-        layer_partition=relax.ShapeExpr([0, c.num_layers]),
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        qk_head_dim=c.head_dim,
-        v_head_dim=c.head_dim,
-        mla_original_qk_head_dim=0,
-        mla_original_v_head_dim=0,
-        rope_mode=tvm_kernels.RopeMode.NORMAL,
-        rope_scale=1,
-        rope_theta=c.rope_theta,
-        rope_scaling=_rope_scaling(c),
-        rope_ext_factors=relax.prim_value(0),
-        rotary_dim=c.head_dim,
-        enable_disaggregation=False,
-        dtype=dtype,
-        target=target,
-    )
-    builder = relax.BlockBuilder.current()
-    merge = next(v for v in builder.get().get_global_vars() if v.name_hint == "tir_attention_merge_state")
-    threads = int(target.attrs["max_num_threads"])
-    builder.update_func(merge, merge_state(c.num_heads, c.head_dim, dtype, threads))  # TVM's own races
-    return cache._expr
+    def _appending(self) -> list[Any]:
+        t, c = tvm_kernels, self.config
+        sizes = (c.num_kv_heads, c.head_dim, self.dtype, self.sizes.page_size)
+        mla = t._kv_cache_transpose_append_mla(c.head_dim, self.dtype, self.sizes.page_size)
+        return [self._kernel(t._kv_cache_transpose_append(*sizes)), self._kernel(mla)]
+
+    def _kernel(self, function: Any, name: str = "") -> Any:
+        """Adds a PrimFunc under `name`, else under its own."""
+        name = name or str(function.attrs["global_symbol"])
+        return relax.BlockBuilder.current().add_func(function.with_attr("global_symbol", name), name)
+
+    def _attention(self, function: Any, name: str = "") -> Any:
+        return relax.Tuple([ir.StringImm("tirx"), self._kernel(function, name)])
+
+    def _paged_tree(self, function: Any) -> Any:
+        """TVM's kernel for token trees knows one page size; without it the runtime refuses such trees."""
+        if self.sizes.page_size != DEFAULT_PAGE:
+            return relax.Tuple([])
+        return self._attention(function, "attention_paged_tree" if self.target.kind.name == "llvm" else "")

@@ -8,7 +8,10 @@ the first axis in NK and along the second in KN.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from awq_compile.formats import QuantScheme, WeightSpec, packed_name
 from awq_compile.models.config import ModelConfig
@@ -33,6 +36,11 @@ class Parameter:
             return {self.name: (self.shape, "float16")}
         n, k = self.shape
         return {packed_name(self.name, suffix): found for suffix, found in self.spec.arrays(n, k).items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.arrays().values())
 
 
 def model_parameters(config: ModelConfig, scheme: QuantScheme) -> list[Parameter]:
@@ -65,5 +73,5 @@ def model_parameters(config: ModelConfig, scheme: QuantScheme) -> list[Parameter
             add(f"{p}{norm}.weight", (c.hidden_size,), (f"{p}{norm}.weight",))
     add("model.norm.weight", (c.hidden_size,), ("model.norm.weight",))
     if not c.tie_word_embeddings:
-        add("lm_head.weight", (c.vocab_size, c.hidden_size), ("lm_head.weight",), scheme.head)
+        add("lm_head.weight", (c.vocab_size, c.hidden_size), ("lm_head.weight",), scheme.lm_head)
     return found

@@ -27,7 +27,7 @@ F32 = npt.NDArray[np.float32]
 _POOLED: Final = 2  # TVM's AllocatorType::kPooled
 _CPU: Final = 1  # DLPack's kDLCPU
 _SEQUENCE: Final = 0  # the one sequence in the KV cache
-_PAGE_SIZE: Final = 16
+_ENDLESS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,19 @@ class LibraryMetadata:
 
     model_type: str
     quantization: str
-    context_window_size: int
+    context_window_size: int  # -1: without end, where a window slides
     prefill_chunk_size: int
+    page_size: int
+    sliding_window_size: int  # -1: none
+    attention_sink_size: int
     params: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype, in the order the functions take them
+
+    @property
+    def cached_tokens(self) -> int:
+        """Positions that the KV cache needs for one sequence; part pages lie at both ends of a sliding window."""
+        if self.sliding_window_size <= 0:
+            return self.context_window_size
+        return self.sliding_window_size + self.prefill_chunk_size + 2 * self.page_size
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,20 @@ class Engine:
         self.metadata = read_metadata(self._vm, self._library)
         self._params = load_params(self.dist, self.metadata, self._device)
         self._functions: dict[str, Any] = {}
-        sizes = (1, self.context_window_size, self.prefill_chunk_size, _PAGE_SIZE, 0)
+        slides = self.metadata.sliding_window_size > 0
+        sizes = (1, self.metadata.cached_tokens, self.prefill_chunk_size, self.metadata.page_size, int(slides))
         self._cache = self._function("create_tir_paged_kv_cache")(*(Shape([size]) for size in sizes))
 
     @property
     def context_window_size(self) -> int:
-        """Most tokens of a sequence, prompt and output together."""
-        return self.metadata.context_window_size
+        """Most tokens of a sequence, prompt and output together; all that int32 counts where a window slides."""
+        return self.metadata.context_window_size if self.metadata.context_window_size > 0 else _ENDLESS
+
+    @property
+    def attention_window(self) -> int:
+        """How far back a token sees."""
+        window = self.metadata.sliding_window_size
+        return window if window > 0 else self.context_window_size
 
     @property
     def prefill_chunk_size(self) -> int:
@@ -221,6 +238,9 @@ class Engine:
             )
         builtin("kv_state_clear")(self._cache)
         builtin("kv_state_add_sequence")(self._cache, _SEQUENCE)
+        if (window := self.metadata.sliding_window_size) > 0:
+            sink = max(self.metadata.attention_sink_size, 0)
+            builtin("attention_kv_cache_enable_sliding_window_for_seq")(self._cache, _SEQUENCE, window, sink)
 
     def _forward(self, name: str, ids: npt.NDArray[np.int32]) -> F32:
         """Embeds tokens, appends them to the sequence through function `name`, and returns its logits."""
@@ -291,6 +311,9 @@ def read_metadata(vm: Any, library: Path) -> LibraryMetadata:
             str(data["quantization"]),
             int(data["context_window_size"]),
             int(data["prefill_chunk_size"]),
+            int(data["kv_cache"]["page_size"]),
+            int(data["sliding_window_size"]),
+            int(data["attention_sink_size"]),
             params,
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from awq_compile.compiler import CompileOptions, system_lib_prefix
+from awq_compile.compiler import system_lib_prefix
 from awq_compile.errors import ArtifactError, AwqCompileError, EnvironmentMissingError
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cuda_source import check_source

@@ -12,8 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from awq_compile.compiler import CompileOptions, compile_library, system_lib_prefix
+from awq_compile.compiler import compile_library, system_lib_prefix
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig, read_config
 from awq_compile.targets import resolve_target
 from awq_compile.targets.base import TargetSpec

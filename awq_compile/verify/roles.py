@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from awq_compile.compiler import CompileContext, CompileOptions, lowered_module
+from awq_compile.compiler import CompileContext, lowered_module
 from awq_compile.formats import Float16Spec, QuantScheme, QuantSpec, WeightSpec
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import model_parameters
 from awq_compile.targets.base import TargetSpec

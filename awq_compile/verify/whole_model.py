@@ -19,11 +19,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from awq_compile.compiler import CompileContext, CompileOptions, compile_library
-from awq_compile.errors import ArtifactError, AwqCompileError, EnvironmentMissingError, ModelError
-from awq_compile.formats import QuantScheme
+from awq_compile.compiler import CompileContext, compile_library
+from awq_compile.errors import AwqCompileError, EnvironmentMissingError
+from awq_compile.limits import CompileOptions
 from awq_compile.manifest import Dist
-from awq_compile.models.config import read_config
 from awq_compile.models.parameters import model_parameters
 from awq_compile.runtime import engine
 from awq_compile.runtime.lean_tvm import Shape, tvm
@@ -31,12 +30,11 @@ from awq_compile.targets import resolve_target
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.database import shipped_records
 from awq_compile.verify.device_vm import device_vm, initialised
-from awq_compile.verify.sidecar import CONFIG_FOLDER
+from awq_compile.verify.dist import compiled_from
 from awq_compile.verify.tolerance import ROUNDOFF
 
 F32 = npt.NDArray[np.float32]
 STEPS: Final = 12  # tokens decoded, of one sequence and then of three
-_PAGE: Final = 16
 # Where a layer rounds to half precision: two norms, q k v, their rotation, attention, its merging, two sums with the
 # residual, and the product of gate and up. Outside of layers: embedding, last norm, logits.
 _ROUNDINGS_OF_LAYER: Final = 9
@@ -126,17 +124,9 @@ def verify_whole_model(
 
 def _context(dist: Dist, target: TargetSpec) -> CompileContext:
     """From what the library was compiled, as the DIST says."""
-    options = dist.manifest.options
-    try:
-        sizes = [int(options[key]) for key in ("context_window_size", "prefill_chunk_size", "max_batch_size")]
-        config = read_config(dist.path / CONFIG_FOLDER)
-    except (KeyError, TypeError, ValueError, ModelError) as error:
-        raise ArtifactError(
-            f"{dist.path} does not say what it was compiled from: {error}", hint="compile again with this version"
-        ) from None
-    scheme = QuantScheme.parse(dist.manifest.scheme)
+    config, scheme, options = compiled_from(dist)
     parameters = tuple(model_parameters(config, scheme))
-    return CompileContext(config, scheme, target, CompileOptions(*sizes), parameters, shipped_records())
+    return CompileContext(config, scheme, target, options, parameters, shipped_records())
 
 
 @contextmanager
@@ -159,8 +149,8 @@ class _Model:
         self._vm = vm
         self._params = engine.load_params(dist, engine.read_metadata(vm, dist.path), tvm.cpu())
         self.chunk = options.prefill_chunk_size
-        total = options.context_window_size + options.max_batch_size * _PAGE
-        sizes = (options.max_batch_size, total, options.prefill_chunk_size, _PAGE, 0)
+        total = options.cached_tokens + options.max_batch_size * options.page_size
+        sizes = (options.max_batch_size, total, options.prefill_chunk_size, options.page_size, 0)
         self._cache = self._function("create_tir_paged_kv_cache")(*(Shape([size]) for size in sizes))
 
     def restart(self, sequences: int) -> None:

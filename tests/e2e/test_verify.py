@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from helpers_models import DEMO
 
-from awq_compile.compiler import CompileOptions, compile_library, system_lib_prefix
+from awq_compile.compiler import compile_library, system_lib_prefix
 from awq_compile.errors import ArtifactError
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import read_config
 from awq_compile.targets import resolve_target
 from awq_compile.verify.device_code import DeviceModule, library_code

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from awq_compile.artifact import DistWriter, disk_error
 from awq_compile.chat.config import chat_config
 from awq_compile.errors import ArtifactError, EnvironmentMissingError, ModelError, UsageError
 from awq_compile.formats import QuantizedMatrix, QuantScheme, QuantSpec
+from awq_compile.limits import CompileOptions
 from awq_compile.manifest import CHAT_CONFIG, file_sha256, open_dist
 from awq_compile.models.config import ModelConfig, read_config
 from awq_compile.models.parameters import model_parameters
@@ -91,13 +93,11 @@ def write(
     with DistWriter(final) as dist:
         dist.write_parameters(model_parameters(config, scheme), RandomWeights(config, scheme))
         names = dist.write_tokenizer(tokenizer)
-        sizes = {"context_window_size": 128, "prefill_chunk_size": 64, "max_batch_size": 4}
-        dist.write_text(
-            CHAT_CONFIG, chat_config(config, scheme, **sizes, tokenizer_dir=tokenizer, tokenizer_files=names)
-        )
+        sizes = CompileOptions(context_window_size=128, prefill_chunk_size=64, max_batch_size=4)
+        dist.write_text(CHAT_CONFIG, chat_config(config, scheme, sizes, tokenizer_dir=tokenizer, tokenizer_files=names))
         for target in libraries:
             dist.library_path("tiny", scheme, target, ".so", {"kind": "llvm"}).write_bytes(b"library")
-        dist.manifest("tiny", scheme, dict(sizes))
+        dist.manifest("tiny", scheme, asdict(sizes))
         dist.commit()
 
 

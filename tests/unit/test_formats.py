@@ -9,6 +9,7 @@ from awq_compile.errors import UsageError
 from awq_compile.formats import (
     BITS,
     GROUPS,
+    MLC_SCHEMES,
     ORDERS,
     PackedLayout,
     QuantScheme,
@@ -102,8 +103,10 @@ def test_names_identify_specs(bits: int, group: int, symmetric: bool, order: str
     for tail in ("", "-h4", "-h8"):
         scheme = QuantScheme.parse(spec.name + tail)
         assert scheme.linear == spec
-        assert scheme.name == spec.name + tail
-        assert not isinstance(scheme.head, QuantSpec) or scheme.head.order == "NK"
+        assert QuantScheme.parse(scheme.name) == scheme
+        assert scheme.name in (spec.name + tail, *MLC_SCHEMES)
+        if isinstance(scheme.head, QuantSpec):
+            assert (scheme.head.order, scheme.lm_head) == ("NK", scheme.head.in_order(order))
 
 
 @pytest.mark.parametrize("name", ["w5g128", "w4g48", "q4", "w4g128-h3", "w4g128-x", "w4g128kna", "w4g128nk", ""])

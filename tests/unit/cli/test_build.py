@@ -219,7 +219,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "autogptq": (lambda m: (m / "quantize_config.json").write_text("{}"), [], 2, "not available in this version"),
     "group": (change_config(), ["--group-size", "16"], 2, "group size must be one of"),
     "bits": (change_config(), ["--bits", "5"], 2, "bits must be one of"),
-    "scheme": (change_config(), ["--scheme", "q4f16_1"], 2, "unknown quantisation format"),
+    "scheme": (change_config(), ["--scheme", "q4f32_1"], 2, "unknown quantisation format"),
     "target": (change_config(), ["--target", "cpi"], 2, "did you mean cpu"),
     "triple": (change_config(), ["--target", "cpu:!"], 2, "not an LLVM triple"),
     "calib missing": (change_config(), ["--method", "awq", "--calib", "none.txt"], 1, "none.txt"),

@@ -12,7 +12,7 @@ import tvm
 from helpers_build import cpu_target
 
 from awq_compile.kernels import cpu_attention
-from awq_compile.kernels.cpu_attention import PAGE, AttentionShape
+from awq_compile.kernels.cpu_attention import AttentionShape
 
 SCALE = 0.125
 SHAPES = [
@@ -20,6 +20,8 @@ SHAPES = [
     AttentionShape(14, 2, 24, lanes=8),  # 7 query heads per key head, head size 24
     AttentionShape(3, 3, 10, lanes=4),  # no grouping, and 5 pairs to rotate
     AttentionShape(4, 2, 80, lanes=16),
+    AttentionShape(4, 2, 32, lanes=16, page=8),
+    AttentionShape(4, 2, 32, lanes=8, page=64),
 ]
 
 
@@ -60,15 +62,16 @@ class Pages:
     def __init__(self, shape: AttentionShape, lengths: Sequence[int]) -> None:
         self.k = [random(shape, n, shape.kv_heads, i) for i, n in enumerate(lengths)]
         self.v = [random(shape, n, shape.kv_heads, 50 + i) for i, n in enumerate(lengths)]
-        counts = [-(-n // PAGE) for n in lengths]
+        page_size = shape.page
+        counts = [-(-n // page_size) for n in lengths]
         order = np.random.default_rng(9).permutation(sum(counts) + 2)[: sum(counts)]
-        memory = np.full((sum(counts) + 2, 2, shape.kv_heads, PAGE, shape.head_dim), np.nan, np.float32)
+        memory = np.full((sum(counts) + 2, 2, shape.kv_heads, page_size, shape.head_dim), np.nan, np.float32)
         self.indptr = [0, *np.cumsum(counts).tolist()]
         for i, n in enumerate(lengths):
             for p in range(n):
-                page = order[self.indptr[i] + p // PAGE]
-                memory[page, 0, :, p % PAGE], memory[page, 1, :, p % PAGE] = self.k[i][p], self.v[i][p]
-        last = [(n - 1) % PAGE + 1 if n else 0 for n in lengths]
+                page = order[self.indptr[i] + p // page_size]
+                memory[page, 0, :, p % page_size], memory[page, 1, :, p % page_size] = self.k[i][p], self.v[i][p]
+        last = [(n - 1) % page_size + 1 if n else 0 for n in lengths]
         self.arguments = [tensor(memory), ints(self.indptr), ints(order.tolist()), ints(last)]
 
 

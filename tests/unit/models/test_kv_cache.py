@@ -8,8 +8,9 @@ import pytest
 import tvm
 from helpers_models import DEMO
 
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import read_config
-from awq_compile.models.decoder import DecoderSizes, export_decoder
+from awq_compile.models.decoder import export_decoder
 from awq_compile.targets import resolve_target
 from awq_compile.verify.executors.simt import SimtExecutor
 
@@ -22,7 +23,7 @@ def test_merging_attention_states_does_not_race(name: str) -> None:
     """Runs the exported kernel on threads in any order: TVM's reads the sums while others overwrite them."""
     config, rng = read_config(DEMO), np.random.default_rng(2)
     target = tvm.target.Target(resolve_target(name).tvm_target)
-    module, _ = export_decoder(config, DecoderSizes(64), "float16", target)
+    module, _ = export_decoder(config, CompileOptions(64), "float16", target)
     kernels = [f for var, f in module.functions.items() if var.name_hint.startswith(MERGE)]
     assert len(kernels) == 1
     rows, heads, dim = 5, config.num_heads, config.head_dim

@@ -18,10 +18,10 @@ from helpers_dist import write_float_dist, write_manifest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from awq_compile.errors import ArtifactError, UsageError
-from awq_compile.models.decoder import DecoderSizes
+from awq_compile.limits import CompileOptions
 from awq_compile.runtime.engine import Engine, sample
 
-SIZES = DecoderSizes(context_window_size=80, prefill_chunk_size=16, max_batch_size=2)
+SIZES = CompileOptions(context_window_size=80, prefill_chunk_size=16, max_batch_size=2)
 LIBRARY = "lib/tiny-cpu.so"
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from helpers_models import DEMO
 
-from awq_compile.compiler import CompileOptions, compile_library
+from awq_compile.compiler import compile_library
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import read_config
 from awq_compile.targets import resolve_target
 

@@ -19,13 +19,14 @@ from tvm_ffi import Shape
 
 import awq_compile
 from awq_compile.formats import QuantScheme
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import read_config
-from awq_compile.models.decoder import DecoderSizes, export_decoder
+from awq_compile.models.decoder import export_decoder
 from awq_compile.models.parameters import model_parameters
 from awq_compile.targets.vulkan.codegen import build_shaders
 
 DEMO = Path(awq_compile.__file__).parent / "data/demo"
-SIZES = DecoderSizes(context_window_size=128, prefill_chunk_size=32, max_batch_size=4)
+SIZES = CompileOptions(context_window_size=128, prefill_chunk_size=32, max_batch_size=4)
 # Written in place: dlight's rules refuse them, and kernels of our own replace them.
 UNSCHEDULED = ("apply_logit_bias_inplace", "apply_penalty_inplace", "apply_bitmask_inplace")
 
