@@ -1,31 +1,41 @@
-"""mlc-chat-config.json."""
+"""mlc-chat-config.json: every key that MLC's C++ engine, its JSON FFI and its Python engine read."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from awq_compile.chat.conv_template import ConvTemplate
+from awq_compile.chat.select import load_tokenizer
 from awq_compile.errors import ModelError
 from awq_compile.formats import QuantScheme
 from awq_compile.limits import CompileOptions
 from awq_compile.manifest import dump_json
-from awq_compile.models.config import ModelConfig
+from awq_compile.models.config import JsonFile, ModelConfig, token_ids
+
+_VERSION: Final = "0.1.0"  # of the file's format, MLC's
+
+# What a request gets that does not say: key → (MLC's default, least, most). The engine refuses other values.
+_GENERATION: Final[dict[str, tuple[float, float, float]]] = {
+    "temperature": (1.0, 0.0, 100.0),
+    "top_p": (1.0, 0.0, 1.0),
+    "presence_penalty": (0.0, -2.0, 2.0),
+    "frequency_penalty": (0.0, -2.0, 2.0),
+    "repetition_penalty": (1.0, 1e-3, 1e3),
+}
 
 
 def chat_config(
     config: ModelConfig,
     scheme: QuantScheme,
     options: CompileOptions,
+    conversation: ConvTemplate,
     *,
     tokenizer_dir: Path,
     tokenizer_files: list[str],
 ) -> str:
-    """mlc-chat-config.json: the keys that MLC's C++ engine, JSON FFI and Python engine read.
-
-    `conv_template` is plain continuation: the prompt reaches the model as it is.
-    """
-    generation = _generation_defaults(tokenizer_dir)
+    """The file's text. Raises `ModelError` for a generation_config.json or a tokenizer that the engine would refuse."""
     sizes = {
         **options.runtime_keys(),
         "tensor_parallel_shards": 1,
@@ -44,61 +54,73 @@ def chat_config(
         "tie_word_embeddings": config.tie_word_embeddings,
         **sizes,
     }
-    plain = {
-        "name": "plain",
-        "system_template": "{system_message}",
-        "system_message": "",
-        "system_prefix_token_ids": _prefix_tokens(tokenizer_dir / "tokenizer.json"),
-        "add_role_after_system_message": True,
-        "roles": {"user": "", "assistant": ""},
-        "role_templates": {"user": "{user_message}", "assistant": "{assistant_message}", "tool": "{tool_message}"},
-        "messages": [],
-        "seps": [""],
-        "role_content_sep": "",
-        "role_empty_sep": "",
-        "stop_str": [],
-        "stop_token_ids": list(config.eos_token_ids),
-        "function_string": "",
-        "use_function_calling": False,
-    }
-    eos: Any = list(config.eos_token_ids)
     return dump_json(
         {
-            "version": "0.1.0",
+            "version": _VERSION,
             "model_type": config.model_type,
             "quantization": scheme.mlc_name,
             "model_config": model_config,
             "vocab_size": config.vocab_size,
+            "active_vocab_size": min(load_tokenizer(tokenizer_dir).get_vocab_size(), config.vocab_size),
             **sizes,
-            **generation,
-            "conv_template": plain,
+            **generation_defaults(tokenizer_dir),
             "tokenizer_files": tokenizer_files,
-            "pad_token_id": 0,
+            "tokenizer_info": tokenizer_info(tokenizer_dir / "tokenizer.json"),
+            "conv_template": conversation.to_json(),
+            "pad_token_id": _pad_token_id(tokenizer_dir),
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": eos,
+            "eos_token_id": list(config.eos_token_ids),
+            "model_task": "chat",
+            "embedding_metadata": None,
         }
     )
 
 
-def _prefix_tokens(tokenizer_json: Path) -> list[int]:
-    """Tokens that the tokenizer puts before a text of its own accord (a begin token, or none)."""
-    from tokenizers import Tokenizer
-
-    try:
-        encoding = Tokenizer.from_file(str(tokenizer_json)).encode("", add_special_tokens=True)
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{tokenizer_json} cannot be read: {error}") from None
-    return list(encoding.ids)
-
-
-def _generation_defaults(folder: Path) -> dict[str, float]:
-    """`temperature` and `top_p` of generation_config.json, where given: defaults of MLC's requests."""
+def generation_defaults(folder: Path) -> dict[str, float]:
+    """Sampling defaults of the model's generation_config.json, completed with MLC's."""
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
+    file = JsonFile(path) if path.is_file() else None
+    found = {}
+    for key, (default, least, most) in _GENERATION.items():
+        value = file.get(key, float, default) if file else default
+        if not least <= value <= most:
+            raise ModelError(f"{path}: {key} is {value}, expected {least} to {most}", hint="correct it, or remove it")
+        found[key] = value
+    return found
+
+
+def _pad_token_id(folder: Path) -> int:
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (ids := token_ids(JsonFile(folder / name), "pad_token_id")):
+            return ids[0]
+    return 0  # MLC's default
+
+
+def tokenizer_info(path: Path) -> dict[str, Any]:
+    """How MLC is to turn single tokens into text, from tokenizer.json; by the rules of its gen_config.
+
+    `token_postproc_method`: byte_level when the decoder's last part of that kind says so, else byte_fallback;
+    `prepend_space_in_encode`: the normaliser prepends ▁; `strip_space_in_decode`: the decoder strips one leading space.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    keys = ("temperature", "top_p", "repetition_penalty")
-    return {k: float(data[k]) for k in keys if isinstance(data, dict) and isinstance(data.get(k), int | float)}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from None
+    decoders, normalizers = (_parts(data, kind, kind + "s") for kind in ("decoder", "normalizer"))
+    kinds = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
+    methods = [kinds[one["type"]] for one in decoders if one.get("type") in kinds]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    return {
+        "token_postproc_method": methods[-1] if methods else "byte_fallback",
+        "prepend_space_in_encode": {"type": "Prepend", "prepend": "▁"} in normalizers,
+        "strip_space_in_decode": strip in decoders,
+    }
+
+
+def _parts(data: Any, kind: str, several: str) -> list[dict[str, Any]]:
+    """The parts of a tokenizer's decoder or normaliser: those of a Sequence, or itself."""
+    value = data.get(kind) if isinstance(data, dict) else None
+    if not isinstance(value, dict):
+        return []
+    parts = value.get(several) if value.get("type") == "Sequence" else [value]
+    return [one for one in parts if isinstance(one, dict)] if isinstance(parts, list) else []

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from awq_compile.awq.calibrate import CalibrationSpec
     from awq_compile.awq.checkpoint import QuantizedModel
     from awq_compile.awq.quantize import Method
+    from awq_compile.chat.conv_template import ConvTemplate
     from awq_compile.cli.source import Source
     from awq_compile.formats import QuantScheme
     from awq_compile.limits import CompileOptions
@@ -112,6 +113,15 @@ def build(
             rich_help_panel=o.LIMITS,
         ),
     ] = DEFAULT_PAGE,
+    conv_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Conversation template in MLC's form (JSON), or plain for none.",
+            rich_help_panel=o.GENERAL,
+            show_default="the model's chat template",
+        ),
+    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +145,7 @@ def build(
 ) -> None:
     """Quantise MODEL to INT4 by AWQ, compile it by TVM, package it for the MLC runtime, and verify the result."""
     from awq_compile.artifact import check_output, tokenizer_files
+    from awq_compile.chat.select import select_template
     from awq_compile.cli.source import find_model
     from awq_compile.models.config import read_config
     from awq_compile.targets import resolve_target
@@ -162,6 +173,9 @@ def build(
     check_output(final)
     config = read_config(source.path)
     tokenizer_files(source.path)
+    conversation = select_template(source.path, config, conv_template)
+    for note in conversation.notes:
+        output.step(f"conversation template: {note}")
     options = _options(
         config,
         context_window_size,
@@ -175,7 +189,9 @@ def build(
     if not source.quantised:
         calibration = calibration_spec(config, calib, calib_samples, calib_length, seed)
         quantised = _quantised(source, chosen.in_order("NK"), calibration, how, output)
-    job = _Job(source, quantised.in_order(chosen.linear.order), targets, options, final, dump, output)
+    job = _Job(
+        source, quantised.in_order(chosen.linear.order), targets, options, conversation.template, final, dump, output
+    )
     rows = []
     if text is not None and not source.quantised:
         rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output), quantised.path]
@@ -273,6 +289,7 @@ class _Job:
     model: QuantizedModel
     targets: list[TargetSpec]
     options: CompileOptions
+    conversation: ConvTemplate
     final: Path
     dump: Path | None
     output: Output
@@ -296,7 +313,12 @@ class _Job:
             dist.write_parameters(model_parameters(model.config, model.scheme), model)
             tokenizer = dist.write_tokenizer(model.path)
             config = chat_config(
-                model.config, model.scheme, self.options, tokenizer_dir=model.path, tokenizer_files=tokenizer
+                model.config,
+                model.scheme,
+                self.options,
+                self.conversation,
+                tokenizer_dir=model.path,
+                tokenizer_files=tokenizer,
             )
             dist.write_text(CHAT_CONFIG, config)
             dist.write_text("lib/config.json", (model.path / "config.json").read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from awq_compile.formats import QuantScheme
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES: Final = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt")
+_HUB_FILES: Final = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template.jinja")
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _rope(file: JsonFile) -> tuple[float, Llama3Rope | None]:
     return theta, Llama3Rope(numbers[0], numbers[1], numbers[2], original)
 
 
-def _token_ids(file: JsonFile, key: str) -> tuple[int, ...]:
+def token_ids(file: JsonFile, key: str) -> tuple[int, ...]:
     """A token id or a list of them."""
     value = file.data.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -186,8 +186,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         raise ModelError(f"{file.path}: head_dim {head_dim} is odd, and rotary embedding needs an even one")
     theta, scaling = _rope(file)
     generation = model_dir / "generation_config.json"
-    eos = _token_ids(JsonFile(generation), "eos_token_id") if generation.is_file() else ()
-    bos = _token_ids(file, "bos_token_id")
+    eos = token_ids(JsonFile(generation), "eos_token_id") if generation.is_file() else ()
+    bos = token_ids(file, "bos_token_id")
 
     def flag(value: bool | str) -> bool:
         return file.get(value, bool, False) if isinstance(value, str) else value
@@ -210,5 +210,5 @@ def read_config(model_dir: Path) -> ModelConfig:
         qk_norm=arch.qk_norm,
         tie_word_embeddings=file.get("tie_word_embeddings", bool, False),
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=eos or _token_ids(file, "eos_token_id"),
+        eos_token_ids=eos or token_ids(file, "eos_token_id"),
     )

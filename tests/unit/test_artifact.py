@@ -20,6 +20,7 @@ from helpers_models import DEMO, write_model
 from awq_compile import artifact
 from awq_compile.artifact import DistWriter, disk_error
 from awq_compile.chat.config import chat_config
+from awq_compile.chat.select import select_template
 from awq_compile.errors import ArtifactError, EnvironmentMissingError, ModelError, UsageError
 from awq_compile.formats import QuantizedMatrix, QuantScheme, QuantSpec
 from awq_compile.limits import CompileOptions
@@ -94,7 +95,9 @@ def write(
         dist.write_parameters(model_parameters(config, scheme), RandomWeights(config, scheme))
         names = dist.write_tokenizer(tokenizer)
         sizes = CompileOptions(context_window_size=128, prefill_chunk_size=64, max_batch_size=4)
-        dist.write_text(CHAT_CONFIG, chat_config(config, scheme, sizes, tokenizer_dir=tokenizer, tokenizer_files=names))
+        plain = select_template(tokenizer, config).template
+        text = chat_config(config, scheme, sizes, plain, tokenizer_dir=tokenizer, tokenizer_files=names)
+        dist.write_text(CHAT_CONFIG, text)
         for target in libraries:
             dist.library_path("tiny", scheme, target, ".so", {"kind": "llvm"}).write_bytes(b"library")
         dist.manifest("tiny", scheme, asdict(sizes))

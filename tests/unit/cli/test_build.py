@@ -355,3 +355,19 @@ def test_rounding_up_for_the_report() -> None:
     """Differences are reported as the next of 1, 2, 5 × 10^k."""
     cases = [(0, 0), (1e-6, 1e-6), (1.1e-6, 2e-6), (3e-4, 5e-4), (7, 10), (5.0001, 10)]
     assert [round_up(value) for value, _ in cases] == [expected for _, expected in cases]
+
+
+def test_conversation_templates(run: Run, model: Path, tmp_path: Path) -> None:
+    """What the model's template cannot give is said; a file replaces it, and a wrong one ends the job at once."""
+    code, _, err = run(model, *RTN)
+    assert code == 0 and "the model has no chat template" in err
+    file = tmp_path / "form.json"
+    file.write_text(json.dumps({"roles": {"user": "U:", "assistant": "A:"}, "seps": ["|"]}))
+    code, _, err = run(model, *RTN, "-o", "own", "--conv-template", file)
+    assert code == 0 and "chat template" not in err
+    template = open_dist(Path("own")).chat_config["conv_template"]
+    assert template["roles"]["user"] == "U:" and template["stop_token_ids"] == [1]
+    file.write_text('{"roles": 5, "seps": [""]}')
+    code, _, err = run(model, *RTN, "-o", "wrong", "--conv-template", file)
+    assert code == 2 and "form.json: roles is 5" in err
+    assert not Path("wrong").exists()
