@@ -159,6 +159,7 @@ class DistWriter:
     def write_text(self, name: str, text: str) -> None:
         """One text file."""
         with disk_errors(self.final):
+            (self.path / name).parent.mkdir(exist_ok=True)
             (self.path / name).write_text(text, encoding="utf-8", newline="\n")
 
     def write_parameters(self, parameters: Iterable[Parameter], source: WeightSource) -> int:

@@ -201,9 +201,16 @@ def lowered_module(context: CompileContext) -> Any:
         return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(_with_bounds(module, options))
 
 
+def model_lib(library: Path) -> str:
+    """MLC's `model_lib` of a static library, an app's name for it: its file name as an identifier of C."""
+    name = re.sub(r"\W", "_", library.stem, flags=re.ASCII)
+    # Kernels in C are called so, too, and TVM does not read an attribute of fewer than 8 characters.
+    return f"model_{name}" if len(name) < 7 or name[0].isdigit() else name
+
+
 def system_lib_prefix(library: Path) -> str:
-    """Prefix of the symbols of a static library: its file name as an identifier. MLC calls it `model_lib`."""
-    return re.sub(r"\W", "_", library.stem) + "_"
+    """Prefix of the symbols of a static library, as MLC's runtime looks them up."""
+    return f"{model_lib(library)}_"
 
 
 def _arrays(parameters: tuple[Parameter, ...]) -> list[tuple[str, tuple[int, ...], str]]:

@@ -133,7 +133,7 @@ def file_sha256(path: Path) -> str:
 def is_dist(path: Path) -> bool:
     """Whether `path` is a directory that this program wrote as a DIST (or one that claims so)."""
     try:
-        return (path / MANIFEST).is_file() and _object(path / MANIFEST).get("format") == FORMAT
+        return (path / MANIFEST).is_file() and json_object(path / MANIFEST).get("format") == FORMAT
     except ArtifactError:
         return False
 
@@ -160,10 +160,10 @@ def open_dist(path: Path) -> Dist:
     for required in (CHAT_CONFIG, TENSOR_CACHE):
         if required not in manifest.files:
             raise ArtifactError(f"{path / MANIFEST}: {required} is not among its files")
-    return Dist(path, manifest, _object(path / CHAT_CONFIG), _read_tensor_cache(path))
+    return Dist(path, manifest, json_object(path / CHAT_CONFIG), _read_tensor_cache(path))
 
 
-def _object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     try:
         if (size := path.stat().st_size) > _MAX_JSON_BYTES:
@@ -178,7 +178,7 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _get(data: Any, key: str, kind: type[T], where: str) -> T:
+def json_field(data: Any, key: str, kind: type[T], where: str) -> T:
     """`data[key]` as `kind`; integers must not be negative."""
     value = data.get(key) if isinstance(data, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
@@ -207,7 +207,7 @@ def _check_file(root: Path, name: str, nbytes: int, where: str) -> None:
 
 def _read_manifest(path: Path) -> Manifest:
     """manifest.json, typed."""
-    data, where = _object(path), str(path)
+    data, where = json_object(path), str(path)
     if data.get("format") != FORMAT:
         raise ArtifactError(f"{where}: format is {data.get('format')!r:.80}, expected {FORMAT!r}")
     if data.get("version") != VERSION:
@@ -215,26 +215,29 @@ def _read_manifest(path: Path) -> Manifest:
             f"{where}: version is {data.get('version')!r:.80}, and this program reads {VERSION}", hint="compile again"
         )
     files = {
-        name: FileEntry(_get(entry, "nbytes", int, f"{where}: {name}"), _get(entry, "sha256", str, f"{where}: {name}"))
-        for name, entry in _get(data, "files", dict, where).items()
+        name: FileEntry(
+            json_field(entry, "nbytes", int, f"{where}: {name}"), json_field(entry, "sha256", str, f"{where}: {name}")
+        )
+        for name, entry in json_field(data, "files", dict, where).items()
     }
     libraries = {
         name: LibraryEntry(
-            _get(entry, "path", str, f"{where}: {name}"), _get(entry, "tvm_target", dict, f"{where}: {name}")
+            json_field(entry, "path", str, f"{where}: {name}"),
+            json_field(entry, "tvm_target", dict, f"{where}: {name}"),
         )
-        for name, entry in _get(data, "libraries", dict, where).items()
+        for name, entry in json_field(data, "libraries", dict, where).items()
     }
-    versions = _get(data, "versions", dict, where)
-    scheme = _get(data, "scheme", str, where)
+    versions = json_field(data, "versions", dict, where)
+    scheme = json_field(data, "scheme", str, where)
     try:
         QuantScheme.parse(scheme)
     except UsageError as error:
         raise ArtifactError(f"{where}: scheme is {scheme!r:.80}: {error}") from None
     return Manifest(
-        _get(data, "model", str, where),
+        json_field(data, "model", str, where),
         scheme,
         libraries,
-        _get(data, "options", dict, where),
+        json_field(data, "options", dict, where),
         {str(k): str(v) for k, v in versions.items()},
         files,
     )
@@ -244,15 +247,15 @@ def _read_tensor_cache(root: Path) -> tuple[TensorRecord, ...]:
     """tensor-cache.json, with every offset checked against its file."""
     path = root / TENSOR_CACHE
     found: dict[str, TensorRecord] = {}
-    for shard in _get(_object(path), "records", list, str(path)):
-        file, size = _get(shard, "dataPath", str, str(path)), _get(shard, "nbytes", int, str(path))
+    for shard in json_field(json_object(path), "records", list, str(path)):
+        file, size = json_field(shard, "dataPath", str, str(path)), json_field(shard, "nbytes", int, str(path))
         _check_file(root, file, size, TENSOR_CACHE)
-        for item in _get(shard, "records", list, f"{path}: {file}"):
-            name = _get(item, "name", str, f"{path}: {file}")
+        for item in json_field(shard, "records", list, f"{path}: {file}"):
+            name = json_field(item, "name", str, f"{path}: {file}")
             where = f"{path}: {name}"
-            shape, dtype = _get(item, "shape", list, where), _get(item, "dtype", str, where)
-            offset, nbytes = _get(item, "byteOffset", int, where), _get(item, "nbytes", int, where)
-            if dtype not in _DTYPES or _get(item, "format", str, where) != "raw":
+            shape, dtype = json_field(item, "shape", list, where), json_field(item, "dtype", str, where)
+            offset, nbytes = json_field(item, "byteOffset", int, where), json_field(item, "nbytes", int, where)
+            if dtype not in _DTYPES or json_field(item, "format", str, where) != "raw":
                 raise ArtifactError(f"{where}: dtype {dtype!r} and format {item['format']!r} are not supported")
             if not all(isinstance(d, int) and not isinstance(d, bool) and d > 0 for d in shape):
                 raise ArtifactError(f"{where}: shape is {shape}, expected positive integers")

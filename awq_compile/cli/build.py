@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -302,6 +303,7 @@ class _Job:
         """
         from awq_compile.artifact import DistWriter, versions
         from awq_compile.chat.config import chat_config
+        from awq_compile.deploy.package import package_files
         from awq_compile.manifest import CHAT_CONFIG, dump_json
         from awq_compile.models.parameters import model_parameters
         from awq_compile.report import build_report, render_html
@@ -310,7 +312,7 @@ class _Job:
         recorded = {"method": model.method, **asdict(self.options)}
         with DistWriter(self.final) as dist:
             self.output.step("packaging the parameters")
-            dist.write_parameters(model_parameters(model.config, model.scheme), model)
+            parameter_bytes = dist.write_parameters(model_parameters(model.config, model.scheme), model)
             tokenizer = dist.write_tokenizer(model.path)
             config = chat_config(
                 model.config,
@@ -323,6 +325,9 @@ class _Job:
             dist.write_text(CHAT_CONFIG, config)
             dist.write_text("lib/config.json", (model.path / "config.json").read_text(encoding="utf-8"))
             compiled, took = self._compile(dist)
+            usage = {target: facts["memory_usage"] for target, facts in compiled.items()}
+            for file, text_of_app in package_files(dist.libraries, json.loads(config), parameter_bytes, usage).items():
+                dist.write_text(file, text_of_app)
             dist.manifest(name, model.scheme, recorded)  # what the runtime needs to open it for the next two steps
             checks = self._verify(dist)
             evaluation = self._evaluate(dist, text, windows, measured, checks) if text is not None else None

@@ -46,6 +46,7 @@ def doctor(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
         _memory(),
         _optional("fetch models from the hub", "huggingface_hub"),
         _optional("calibrate on a dataset by name", "datasets"),
+        _adb(),
     ]
     for finding in findings:
         mark = "ok     " if finding.good else "MISSING" if finding.needed else "absent "
@@ -157,6 +158,11 @@ def _memory() -> Finding:
     return Finding(
         "memory", memory.total >= 4e9, f"{nbytes(memory.total)}, {nbytes(memory.available)} free", "4 GB are needed"
     )
+
+
+def _adb() -> Finding:
+    path = shutil.which("adb")
+    return Finding("deploy to Android phones", path is not None, path or "no adb", "apt-get install adb", needed=False)
 
 
 def _optional(what: str, package: str) -> Finding:

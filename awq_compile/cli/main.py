@@ -16,17 +16,18 @@ from typing import Any, Final
 import typer
 
 from awq_compile import __version__
-from awq_compile.cli import bench, build, doctor, evaluate, inspect, quantize, run, targets, verify
+from awq_compile.cli import bench, build, deploy, doctor, evaluate, inspect, package, quantize, run, targets, verify
 from awq_compile.errors import AwqCompileError, ExitCode, UsageError
 
 # Words of the design that this version does not have; a folder of that name is ./chat.
-PLANNED: Final = ("chat", "deploy", "export", "sweep", "tune")
+PLANNED: Final = ("chat", "export", "sweep", "tune")
 
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 _EPILOG: Final = (
     "Verbs, each with its own --help: "
     "quantize (AWQ only), run (generate text), bench (tokens per second), eval (perplexity and KL divergence), "
     "verify (every kernel against the reference), inspect (what a directory holds), "
+    "package (models into an app), deploy (a model onto an Android phone), "
     "targets, doctor (what works on this machine). "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 130 interrupted."
 )
@@ -44,12 +45,14 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     verbs.command("eval")(evaluate.evaluate)
     verbs.command("verify")(verify.verify)
     verbs.command("inspect")(inspect.inspect)
+    verbs.command("package")(package.package)
+    verbs.command("deploy")(deploy.deploy)
     verbs.command("targets")(targets.targets)
     verbs.command("doctor")(doctor.doctor)
     return job, verbs
 
 
-VERBS: Final = ("quantize", "run", "bench", "eval", "verify", "inspect", "targets", "doctor")
+VERBS: Final = ("quantize", "run", "bench", "eval", "verify", "inspect", "package", "deploy", "targets", "doctor")
 
 
 def dispatch(argv: list[str]) -> int:
