@@ -88,7 +88,7 @@ def estimated_vram_bytes(chat: Mapping[str, Any], parameter_bytes: int, memory_u
     vocab, heads, kv_heads = model["vocab_size"], model["num_attention_heads"], model["num_key_value_heads"]
     layers, width, chunk = model["num_hidden_layers"], model["head_dim"], chat["prefill_chunk_size"]
     window = chat.get("sliding_window_size", -1)
-    tokens = window if window > 0 else chat["context_window_size"]
+    tokens = window + chunk if window > 0 else chat["context_window_size"]
     temporary = 2 * max(memory_usage.values(), default=0)  # two steps may be on their way
     cache = tokens * (4 * width * kv_heads * layers + 1.25)  # K and V
     attention = 2 * 88 + 8 * chunk * (heads + 1) + 4 * chunk * width * (heads + kv_heads) + (48 << 20)
