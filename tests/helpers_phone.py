@@ -155,10 +155,12 @@ class AdbServer(UnixStreamServer):
         try:
             problem = phone.receive(remote, Path(local).read_bytes())
         except ConnectionAbortedError:
-            return 1, b"", f"adb: error: failed to copy '{local}' to '{remote}': couldn't read from device\n".encode()
-        if problem is not None:
-            return 1, b"", f"adb: error: failed to copy '{local}' to '{remote}': remote {problem}\n".encode()
-        return 0, f"{local}: 1 file pushed, 0 skipped.\n".encode(), b""
+            problem = "lost"
+        if problem is None:
+            return 0, f"{local}: 1 file pushed, 0 skipped. 33.8 MB/s (40000 bytes in 0.001s)\n".encode(), b""
+        said = "couldn't read from device" if problem == "lost" else f"remote {problem}"
+        text = f"adb: error: failed to copy '{local}' to '{remote}': {said}\n{local}: 0 files pushed, 0 skipped.\n"
+        return 1, text.encode(), b""
 
 
 class _Handler(StreamRequestHandler):
@@ -179,7 +181,6 @@ def write_dist(
     from awq_compile.deploy.package import package_files
     from awq_compile.formats import QuantScheme
     from awq_compile.manifest import dump_json
-    from awq_compile.targets import resolve_target
 
     scheme = QuantScheme.parse("w4g32")
     chat = {
@@ -206,7 +207,7 @@ def write_dist(
         dist.write_text("tokenizer.json", "{}")
         dist.write_text("mlc-chat-config.json", dump_json(chat))
         for target in targets:
-            suffix = resolve_target(target).library_suffix
+            suffix = ".so" if target in ("cpu", "metal", "android:so") else ".tar"
             dist.library_path(model, scheme, target, suffix, {}).write_bytes(target.encode())
         usage = {target: {"decode": 1000} for target in targets}
         for name, text in package_files(dist.libraries, chat, 120_000, usage).items():

@@ -166,7 +166,8 @@ def device_error(text: str) -> EnvironmentMissingError:
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("* daemon")]
     if not lines:
         return EnvironmentMissingError("the connection to the phone was lost", hint=RESUME)
-    said = lines[-1]
+    # A failed push ends in a line about its speed.
+    said = next((line for line in lines if line.startswith(("adb:", "error:"))), lines[-1])
     if re.search(r"no space left|not enough space", text, re.IGNORECASE):
         return EnvironmentMissingError(f"the phone's storage is full: {said}", hint="free some space there; " + RESUME)
     if re.search(r"unauthorized", text, re.IGNORECASE):
