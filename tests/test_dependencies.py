@@ -20,7 +20,7 @@ LAYERS = (
     ("formats", "limits", "reference", "problem", "schedules"),
     ("models.architectures", "models.config", "models.parameters", "models.weights", "models"),
     ("awq", "targets"),
-    ("models.decoder", "models.kv_cache", "models.sampling", "kernels"),
+    ("models.decoder", "models.kv_cache", "models.sampling", "models.gpu_sampling", "kernels"),
     ("passes", *(f"tuning.{name}" for name in ("templates", "space", "cost", "database"))),
     ("compiler", "artifact", "chat", "manifest", "runtime", "verification", "evaluate", "report", "verify", "deploy"),
     ("tuning",),  # finding schedules runs what the compiler builds; keeping and choosing them lies below it

@@ -35,10 +35,10 @@ def load_vectors(load: Callable[[Expr], Expr], start: Expr, count: int, lanes: i
 
 
 class Registers:
-    """`count` float32 values of a thread. TVM inlines a bound scalar wherever it is read; a buffer stays."""
+    """`count` values of a thread. TVM inlines a bound scalar wherever it is read; a buffer stays."""
 
-    def __init__(self, count: int) -> None:
-        self._buffer = T.alloc_buffer((count,), "float32", scope="local")
+    def __init__(self, count: int, dtype: str = "float32") -> None:
+        self._buffer = T.alloc_buffer((count,), dtype, scope="local")
 
     def __getitem__(self, index: int) -> Expr:
         return self._buffer[index]

@@ -21,6 +21,7 @@ from tvm.target import Target
 
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
+from awq_compile.models.gpu_sampling import GpuSampler, inplace_sampler_kernels, samples_on_device
 from awq_compile.models.kv_cache import KVCache, create_kv_cache
 from awq_compile.models.sampling import inplace_kernels, softmax_with_temperature
 
@@ -228,6 +229,9 @@ def _module_spec(decoder: Decoder) -> nn.spec.ModuleSpec:
             dict.fromkeys(_CACHE_SHAPE, nn.spec.Int()),
         ),
     }
+    if samples_on_device(decoder.target):
+        sampler = GpuSampler(v)
+        without_weights |= {name: (getattr(sampler, name), arguments) for name, arguments in sampler.specs().items()}
     names, methods = [], []
     for mode, functions in (("plain", with_weights), ("none", without_weights)):
         for name, (method, arguments) in functions.items():
@@ -256,6 +260,9 @@ def export_decoder(
             # No weights: without the attribute, bundling them adds no empty tuple to the signature.
             module[var] = function.without_attr("num_input")
     threads = 0 if decoder.target.kind.name == "llvm" else int(decoder.target.attrs["max_num_threads"])
-    for name, kernel in inplace_kernels(config.vocab_size, config.hidden_size, dtype, min(threads, 256)).items():
+    kernels = inplace_kernels(config.vocab_size, config.hidden_size, dtype, min(threads, 256))
+    if samples_on_device(decoder.target):
+        kernels |= inplace_sampler_kernels(config.vocab_size)
+    for name, kernel in kernels.items():
         module[name] = kernel
     return module, [name for name, _ in parameters]

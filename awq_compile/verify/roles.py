@@ -20,7 +20,7 @@ from awq_compile.models.parameters import model_parameters
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.database import shipped_records
 from awq_compile.verify.case import Case
-from awq_compile.verify.cases import attention, cache, engine
+from awq_compile.verify.cases import attention, cache, engine, sampler
 from awq_compile.verify.cases.generic import build_references, generic_cases
 from awq_compile.verify.cases.linear import embedding_cases, linear_cases
 from awq_compile.verify.launch_table import Table
@@ -54,6 +54,14 @@ _ENGINE: Final[dict[str, Cases]] = {
     "scatter_probs": engine.move_rows,
     "gather_hidden_states": engine.move_rows,
     "scatter_hidden_states": engine.move_rows,
+}
+_SAMPLER: Final[dict[str, Cases]] = {
+    "tir_multinomial_from_uniform": sampler.draw,
+    "tir_argsort_probs": sampler.argsort,
+    "tir_sample_with_top_p": sampler.draw_top_p,
+    "tir_sampler_take_probs": sampler.take_probs,
+    "tir_renormalize_by_top_p": sampler.renormalize,
+    "sampler_verify_draft_tokens": sampler.verify_drafts,
 }
 
 
@@ -120,6 +128,8 @@ def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
         return Role("kv cache", "exact", _CACHE[name])
     if name in _ENGINE:
         return Role("engine", "float64", _ENGINE[name])
+    if name in _SAMPLER:
+        return Role("sampler", "float64", _SAMPLER[name])
     if name.startswith("softmax_with_temperature"):
         return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7)))
     return None

@@ -1,0 +1,83 @@
+"""What the sampler's kernels are made of: an open PrimFunc, one-value registers, sums over a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from awq_compile.kernels.simt import Registers, barrier
+
+Expr = Any
+Buffer = Any
+
+THREADS: Final = 256  # of a block: every device takes as many
+PER_THREAD: Final = 8  # elements of a tile
+TILE: Final = THREADS * PER_THREAD
+
+
+def tiles_of(vocab_size: int) -> int:
+    """Tiles of a row, of which the last may be partly beyond it."""
+    return -(-vocab_size // TILE)
+
+
+@contextmanager
+def function(name: str, arguments: dict[str, tuple[tuple[Any, ...], str]]) -> Iterator[tuple[IRBuilder, list[Buffer]]]:
+    """Opens a scheduled PrimFunc; yields its buffers, `arguments` being name → (shape, dtype).
+
+    `builder.get()` is the function, after the block.
+    """
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+        buffers = [T.arg(argument, T.buffer(shape, dtype)) for argument, (shape, dtype) in arguments.items()]
+        with T.sblock("root"):  # without one, Relax refuses a function of one input, which might be a reshape
+            yield builder, buffers
+
+
+class Cell:
+    """A value of a thread that changes."""
+
+    def __init__(self, value: Any, dtype: str) -> None:
+        self._dtype = dtype
+        self._register = Registers(1, dtype)
+        self.set(value)
+
+    @property
+    def value(self) -> Expr:
+        """The value where the expression stands."""
+        return self._register[0]
+
+    def set(self, value: Any) -> None:
+        """Takes a number or an expression."""
+        self._register[0] = tirx.const(value, self._dtype) if isinstance(value, int | float) else value
+
+
+def workspace(name: str, shape: tuple[Expr, ...], dtype: str) -> Buffer:
+    """Memory of the device from one kernel of a function to the next."""
+    return IRBuilder.name(name, T.alloc_buffer(shape, dtype))
+
+
+def shared_array(count: int, dtype: str) -> Buffer:
+    """Memory that the threads of a block share."""
+    return T.alloc_buffer((count,), dtype, scope="shared")
+
+
+def sum_over_block(arrays: Sequence[Buffer], tx: Expr) -> None:
+    """Sums each shared array of `THREADS` float32; its sum is then in element 0.
+
+    Always in the same order. Needs no barrier around it, but one before an array is written again. They are several
+    arrays, and not one, because TVM would take their elements for one another's.
+    """
+    offset = THREADS // 2
+    while offset:
+        barrier()
+        with T.If(tx < offset), T.Then():
+            for shared in arrays:
+                T.buffer_store(shared, shared[tx] + shared[tx + offset], [tx])
+        offset //= 2
+    barrier()
