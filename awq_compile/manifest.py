@@ -111,12 +111,17 @@ class Dist:
 
     def verify(self) -> None:
         """Compares the sha256 of every file with the manifest."""
-        for name, entry in self.manifest.files.items():
-            if (found := file_sha256(self.path / name)) != entry.sha256:
-                raise ArtifactError(
-                    f"{self.path / name}: sha256 is {found}, and {MANIFEST} says {entry.sha256}",
-                    hint="the file was changed or damaged: compile again",
-                )
+        for name in self.manifest.files:
+            self.verify_file(self.path / name)
+
+    def verify_file(self, path: Path) -> None:
+        """Compares the sha256 of one file with the manifest."""
+        expected = self.manifest.files[path.relative_to(self.path).as_posix()].sha256
+        if (found := file_sha256(path)) != expected:
+            raise ArtifactError(
+                f"{path}: sha256 is {found}, and {MANIFEST} says {expected}",
+                hint="the file was changed or damaged: compile again",
+            )
 
 
 def dump_json(data: Any) -> str:

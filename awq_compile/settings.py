@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 
 
@@ -25,6 +26,11 @@ def num_threads() -> int:
 def linker() -> list[str]:
     """Command of a compiler driver that links for the target, `$AWQ_COMPILE_LINKER`, in words; empty for zig."""
     return shlex.split(os.environ.get("AWQ_COMPILE_LINKER", ""))
+
+
+def mlc_python() -> str:
+    """A Python that has the package mlc_llm: `$AWQ_COMPILE_MLC_PYTHON`, else the one that runs this."""
+    return os.environ.get("AWQ_COMPILE_MLC_PYTHON") or sys.executable
 
 
 def environment() -> dict[str, str]:

@@ -16,16 +16,31 @@ from typing import Any, Final
 import typer
 
 from awq_compile import __version__
-from awq_compile.cli import bench, build, deploy, doctor, evaluate, inspect, package, quantize, run, targets, verify
+from awq_compile.cli import (
+    bench,
+    build,
+    chat,
+    deploy,
+    doctor,
+    evaluate,
+    inspect,
+    package,
+    quantize,
+    run,
+    serve,
+    targets,
+    verify,
+)
 from awq_compile.errors import AwqCompileError, ExitCode, UsageError
 
-# Words of the design that this version does not have; a folder of that name is ./chat.
-PLANNED: Final = ("chat", "export", "sweep", "tune")
+# Words of the design that this version does not have; a folder of that name is ./tune.
+PLANNED: Final = ("export", "sweep", "tune")
 
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 _EPILOG: Final = (
     "Verbs, each with its own --help: "
-    "quantize (AWQ only), run (generate text), bench (tokens per second), eval (perplexity and KL divergence), "
+    "quantize (AWQ only), run (generate text), chat, serve (by MLC's engine), bench (tokens per second), "
+    "eval (perplexity and KL divergence), "
     "verify (every kernel against the reference), inspect (what a directory holds), "
     "package (models into an app), deploy (a model onto an Android phone), "
     "targets, doctor (what works on this machine). "
@@ -41,6 +56,8 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     verbs = typer.Typer(**shared, no_args_is_help=True)
     verbs.command("quantize")(quantize.quantize)
     verbs.command("run")(run.run)
+    verbs.command("chat")(chat.chat)
+    verbs.command("serve")(serve.serve)
     verbs.command("bench")(bench.bench)
     verbs.command("eval")(evaluate.evaluate)
     verbs.command("verify")(verify.verify)
@@ -52,7 +69,10 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     return job, verbs
 
 
-VERBS: Final = ("quantize", "run", "bench", "eval", "verify", "inspect", "package", "deploy", "targets", "doctor")
+VERBS: Final = (
+    *("quantize", "run", "chat", "serve", "bench", "eval", "verify", "inspect"),
+    *("package", "deploy", "targets", "doctor"),
+)
 
 
 def dispatch(argv: list[str]) -> int:
@@ -97,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code
     except (KeyboardInterrupt, typer.Abort):
-        _show("interrupted; what was finished is kept, and the same command goes on from there", None)
+        resumes = words[:1] not in (["run"], ["chat"], ["serve"])
+        kept = "; what was finished is kept, and the same command goes on from there" if resumes else ""
+        _show(f"interrupted{kept}", None)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq_compile.errors import ArtifactError, UsageError
-from awq_compile.manifest import CHAT_CONFIG, Dist, file_sha256, open_dist
+from awq_compile.manifest import CHAT_CONFIG, Dist, open_dist
 from awq_compile.runtime.lean_tvm import Shape, tvm
 from awq_compile.runtime.memory import peak_memory_bytes
 from awq_compile.runtime.threads import use_threads
@@ -91,6 +91,7 @@ class Engine:
         self.metadata = read_metadata(self._vm, self._library)
         self._params = load_params(self.dist, self.metadata, self._device)
         self._functions: dict[str, Any] = {}
+        self._held: list[int] = []  # tokens of the sequence whose keys and values the cache holds
         slides = self.metadata.sliding_window_size > 0
         sizes = (1, self.metadata.cached_tokens, self.prefill_chunk_size, self.metadata.page_size, int(slides))
         self._cache = self._function("create_tir_paged_kv_cache")(*(Shape([size]) for size in sizes))
@@ -148,8 +149,11 @@ class Engine:
         top_p: float = 1.0,
         seed: int = 0,
         stop_ids: Collection[int] = (),
+        go_on: bool = False,
     ) -> Iterator[int]:
         """Yields tokens as they are chosen, until one of `stop_ids` (not yielded) or `max_tokens`.
+
+        With `go_on` the beginning that `prompt` shares with the sequence before it is not computed again.
 
         Temperature 0 takes the likeliest token. Without `max_tokens` it goes on to the end of the context
         window. A prompt and `max_tokens` that exceed the window together are refused before anything runs.
@@ -170,15 +174,31 @@ class Engine:
             )
         random = np.random.default_rng(seed)
         most = room if max_tokens is None else max_tokens
-        return self._generate(ids, most, lambda logits: sample(logits, temperature, top_p, random), stop_ids)
+        return self._generate(ids, most, lambda logits: sample(logits, temperature, top_p, random), stop_ids, go_on)
+
+    def held_prefix(self, prompt: Sequence[int] | npt.NDArray[Any]) -> int:
+        """Tokens of `prompt` that `go_on` need not compute: it always computes the last, for its logits."""
+        most = min(len(self._held), len(prompt) - 1)
+        same = next((i for i in range(most) if self._held[i] != prompt[i]), most)
+        slides = self.metadata.sliding_window_size > 0  # then the cache has let go of tokens, and takes none back
+        return 0 if slides and same < len(self._held) else same
 
     def _generate(
-        self, ids: npt.NDArray[np.int32], most: int, choose: Callable[[F32], int], stop_ids: Collection[int]
+        self,
+        ids: npt.NDArray[np.int32],
+        most: int,
+        choose: Callable[[F32], int],
+        stop_ids: Collection[int],
+        go_on: bool,
     ) -> Iterator[int]:
         if most == 0:
             return
-        self._restart(len(ids))
-        logits = self._prefill(ids)
+        held = self.held_prefix(ids) if go_on else 0
+        if held:
+            self._take_back(len(self._held) - held)
+        else:
+            self._restart(len(ids))
+        logits = self._prefill(ids[held:])
         for count in range(1, most + 1):
             token = choose(logits)
             if token in stop_ids:
@@ -236,20 +256,30 @@ class Engine:
                 f"{length} tokens do not fit the library's context window of {self.context_window_size}",
                 hint="a shorter text, or compile with a larger --context-window-size",
             )
+        self._held = []
         builtin("kv_state_clear")(self._cache)
         builtin("kv_state_add_sequence")(self._cache, _SEQUENCE)
         if (window := self.metadata.sliding_window_size) > 0:
             sink = max(self.metadata.attention_sink_size, 0)
             builtin("attention_kv_cache_enable_sliding_window_for_seq")(self._cache, _SEQUENCE, window, sink)
 
+    def _take_back(self, count: int) -> None:
+        """Removes the last tokens of the sequence from the cache."""
+        if count:
+            builtin("kv_state_popn")(self._cache, _SEQUENCE, count)
+            del self._held[-count:]
+
     def _forward(self, name: str, ids: npt.NDArray[np.int32]) -> F32:
         """Embeds tokens, appends them to the sequence through function `name`, and returns its logits."""
         count = len(ids)
+        held, self._held = self._held, []  # what an interrupted call leaves in the cache is not gone on from
         embeds = self._function("embed")(tvm.runtime.tensor(ids, self._device), self._params)
         embeds = builtin("reshape")(embeds, Shape([1, count, embeds.shape[1]]))
         builtin("kv_state_begin_forward")(self._cache, Shape([_SEQUENCE]), Shape([count]))
         result = self._function(name)(embeds, self._cache, self._params)
         builtin("kv_state_end_forward")(self._cache)
+        held.extend(ids.tolist())
+        self._held = held
         return np.asarray(result[0].numpy())
 
     def _function(self, name: str) -> Any:
@@ -284,9 +314,7 @@ def library_function(vm: Any, name: str, library: Path) -> Any:
 
 def load_library(dist: Dist, path: Path) -> Any:
     """The library's virtual machine, initialised on the CPU."""
-    expected = dist.manifest.files[path.relative_to(dist.path).as_posix()].sha256
-    if (found := file_sha256(path)) != expected:  # code is about to run: a changed byte may do anything
-        raise ArtifactError(f"{path}: sha256 is {found}, and the manifest says {expected}", hint="compile again")
+    dist.verify_file(path)  # code is about to run: a changed byte may do anything
     if path.suffix == ".tar":
         raise ArtifactError(f"{path} holds objects to link into an app and cannot be loaded", hint="--target cpu")
     try:

@@ -25,9 +25,9 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ArtifactError(f"{path} is damaged: {error}") from None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the tokens that the tokenizer puts before a text."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids; `special` are the tokens that the tokenizer puts before a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text without special tokens."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo")
 
 
-def awq_compile(folder: Path, *words: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def awq_compile(folder: Path, *words: str | Path, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Runs one command line."""
     done = subprocess.run(
         [sys.executable, "-m", "awq_compile.cli.main", *map(str, words)],
         cwd=folder,
         env={**os.environ, "AWQ_COMPILE_CACHE": str(folder / "cache")},
         capture_output=True,
+        input=stdin,
         text=True,
         check=False,
     )
@@ -78,6 +84,59 @@ def test_run_generates(folder: Path, built: dict[str, Any]) -> None:
         for seed in ("1", "1", "2")
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_chat(folder: Path, built: dict[str, Any]) -> None:
+    """Turns follow each other, the second on what the cache holds; a piped message is one turn."""
+    words = ("chat", built["dist"], "--max-tokens", "16", "--temperature", "0")
+    data = json.loads(awq_compile(folder, *words, "-m", PROMPT, "-m", "Romeo.", "--json").stdout)
+    first, second = data["answers"]
+    assert (first["reused_tokens"], first["finish"]) == (0, "max_tokens")
+    assert second["reused_tokens"] > first["prompt_tokens"]
+    assert [m["content"] for m in data["messages"]] == [PROMPT, first["text"], "Romeo.", second["text"]]
+    assert awq_compile(folder, *words, stdin=PROMPT + "\n").stdout == first["text"] + "\n"
+
+
+def test_chat_at_a_terminal(folder: Path, built: dict[str, Any]) -> None:
+    """Ctrl-C ends an answer, and the next turn works; a second one while nothing is said ends the program."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "awq_compile.cli.main", "chat", built["dist"], "--temperature", "10"]
+    child = subprocess.Popen(
+        command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_terminal
+    )
+    os.close(theirs)
+    seen = ""
+
+    def until(*words: str) -> None:
+        nonlocal seen
+        end = time.monotonic() + 120
+        while not all(word in seen for word in words):
+            assert time.monotonic() < end, seen
+            if select.select([ours], [], [], 1)[0]:
+                seen += os.read(ours, 4096).decode(errors="replace")
+
+    def type_(text: str) -> None:
+        nonlocal seen
+        seen = ""
+        os.write(ours, text.encode())
+
+    until("Ctrl-D ends", "> ")
+    type_(PROMPT + "\n")
+    until(PROMPT, "\n")
+    until(*"aeio")  # some words have come; at this temperature they go on to the end of the window
+    type_("\x03")
+    until("(ended)", "> ")
+    type_("/reset\n")
+    until("begins anew", "> ")
+    type_("\x03")
+    until("interrupted")
+    assert child.wait(timeout=60) == 130
+    os.close(ours)
+
+
+def _terminal() -> None:
+    """Makes stdin the controlling terminal, so that Ctrl-C reaches the process as it does a person's."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_bench_inspect_eval(folder: Path, built: dict[str, Any]) -> None:
