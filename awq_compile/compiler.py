@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from awq_compile.models.parameters import Parameter, model_parameters
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.base import TargetSpec
-from awq_compile.tuning.database import ScheduleDatabase, shipped_records
+from awq_compile.tuning.database import ScheduleDatabase, known_records
+from awq_compile.tuning.templates import describe_schedule
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,13 @@ class CompileContext:
 
     def choose(self, problem: MatmulProblem) -> LinearSchedule:
         """Measured schedules where the database has them, else the target's rule."""
-        schedule, sources = self.database.apply(self.target.machine, problem, self.target.rule(problem))
-        for bucket, source in sources.items():
-            chosen = asdict(getattr(schedule, bucket))
+        schedule, choices = self.database.choose_linear(self.target, problem)
+        for bucket, choice in choices.items():
             self.kernels[problem.name, bucket] = {
                 "kernel": problem.name,
                 "rows": bucket,
-                "schedule": " ".join(f"{name}={value}" for name, value in chosen.items()),
-                "source": source,
+                "schedule": describe_schedule(choice.schedule),
+                "source": choice.words,
             }
         return schedule
 
@@ -156,7 +156,7 @@ def compile_library(
     start = time.monotonic()
     target.check_scheme(scheme)
     parameters = tuple(model_parameters(config, scheme))
-    context = CompileContext(config, scheme, target, options, parameters, shipped_records())
+    context = CompileContext(config, scheme, target, options, parameters, known_records())
     tvm_target = tvm.target.Target(target.tvm_target)
     recorder = LaunchRecorder()
     instruments = [recorder.instrument(), *([_dump_instrument(dump)] if dump is not None else [])]

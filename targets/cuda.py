@@ -41,6 +41,7 @@ _LIMITS: Final = HardwareLimits(
     max_threads=1024,
     shared_bytes=48 << 10,  # static; more needs an opt-in at every launch
     subgroup=32,
+    registers=255,
     arguments=512,
     source="NVIDIA CUDA C++ Programming Guide, 'Technical Specifications per Compute Capability', 7.5 to 12.0",
 )

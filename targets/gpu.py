@@ -23,17 +23,20 @@ class HardwareLimits:
     """Of one block of threads. No field has a default: every device's page gives its own, with the source.
 
     `subgroup` counts the threads that the emitted code may assume to shuffle with each other, 0 where the
-    API or the device promises nothing.
+    API or the device promises nothing. `registers`: values of 32 bits that a thread may keep, by the device's manual,
+    or the least of current devices where a preset stands for many.
     """
 
     max_threads: int
     shared_bytes: int
     subgroup: int
+    registers: int
     arguments: int
     source: str
 
     def __post_init__(self) -> None:
         assert self.max_threads >= 64 and self.shared_bytes >= 1 << 14 and self.subgroup in (0, 16, 32, 64), self
+        assert 32 <= self.registers <= 256, self
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ _LIMITS: Final = HardwareLimits(
     max_threads=1024,
     shared_bytes=32 << 10,
     subgroup=32,
+    registers=128,  # Apple publishes none: what its GPUs keep at half of their threads, by public measurements
     arguments=31,
     source="Apple, Metal Feature Set Tables, 'GPU implementation limits by family', Apple7 and later",
 )

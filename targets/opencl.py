@@ -17,6 +17,7 @@ _GENERIC: Final = HardwareLimits(
     max_threads=256,
     shared_bytes=32 << 10,
     subgroup=0,
+    registers=128,  # Intel Xe Programmer's Reference: 128 registers of 32 bytes a thread of 8 lanes
     arguments=64,
     source="OpenCL 3.0 specification, CL_DEVICE_LOCAL_MEM_SIZE: at least 32 KB; current GPUs take work groups of 256",
 )
@@ -24,6 +25,7 @@ _ADRENO: Final = HardwareLimits(
     max_threads=512,
     shared_bytes=32 << 10,
     subgroup=0,
+    registers=64,
     arguments=64,
     source="Qualcomm Snapdragon Mobile Platform OpenCL General Programming and Optimization, 80-NB295-11",
 )
@@ -31,6 +33,7 @@ _MALI: Final = HardwareLimits(
     max_threads=256,
     shared_bytes=32 << 10,
     subgroup=0,
+    registers=64,  # Arm GPU Best Practices, 101897: 64 of 32 bits a thread on Valhall
     arguments=64,
     source="Arm Mali GPU OpenCL Developer Guide, 101574: local memory lies in global memory",
 )

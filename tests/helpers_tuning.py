@@ -5,18 +5,21 @@ Started as a program it is a worker for `LocalMeasurer`, as `awq_compile.tuning.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import GemvSchedule
+from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.inputs import Inputs
-from awq_compile.tuning.measure import Fingerprint, Work
+from awq_compile.tuning.measure import Measurement, Plan, Times, Work
 
 COMMAND = [sys.executable, str(Path(__file__).resolve())]
 GOOD, CRASHES, HANGS, WRONG, FAILS = range(5)  # the field `prefetch`
@@ -61,6 +64,45 @@ class FakeDevice:
         if candidate.prefetch == FAILS:
             raise ValueError("does not compile")
         return FakeKernel(candidate)
+
+
+class FakeMeasurer:
+    """A `Measurer` in this process: `seconds` gives a candidate's time, or raises to end the search like a kill."""
+
+    capacity = 1
+
+    def __init__(self, seconds: Callable[[Any], float], kind: str = "gpu") -> None:
+        self.seconds = seconds
+        self.device = Fingerprint("Fake GPU 1", kind, "driver 1", 1)
+        self.measured: list[Any] = []
+
+    def fingerprint(self) -> Fingerprint:
+        return self.device
+
+    def measure(self, work: Work, schedules: Sequence[Any], plan: Plan) -> Iterator[Measurement]:
+        del work, plan
+        for schedule in schedules:
+            self.measured.append(schedule)
+            yield self._measurement(schedule)
+
+    def compare(self, work: Work, schedules: Sequence[Any], plan: Plan) -> list[Measurement]:
+        del work, plan
+        return [self._measurement(schedule) for schedule in schedules]
+
+    def _measurement(self, schedule: Any) -> Measurement:
+        seconds = self.seconds(schedule)
+        if math.isinf(seconds):
+            return Measurement(schedule, "crashed", error="signal 6", device=self.device)
+        return Measurement(schedule, "ok", Times.of([seconds]), device=self.device)
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 if __name__ == "__main__":

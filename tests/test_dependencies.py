@@ -21,7 +21,7 @@ LAYERS = (
     ("models.architectures", "models.config", "models.parameters", "models.weights", "models"),
     ("awq", "targets"),
     ("models.decoder", "models.kv_cache", "models.sampling", "models.gpu_sampling", "kernels"),
-    ("passes", *(f"tuning.{name}" for name in ("templates", "space", "cost", "database"))),
+    ("passes", *(f"tuning.{name}" for name in ("templates", "space", "cost", "fingerprint", "record", "database"))),
     ("compiler", "artifact", "chat", "manifest", "runtime", "verification", "evaluate", "report", "verify", "deploy"),
     ("tuning",),  # finding schedules runs what the compiler builds; keeping and choosing them lies below it
     ("cli",),

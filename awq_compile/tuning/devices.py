@@ -17,9 +17,10 @@ from awq_compile.runtime.lean_tvm import tvm
 from awq_compile.runtime.threads import use_threads
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.candidate import KERNEL, build
+from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
-from awq_compile.tuning.measure import Fingerprint, Work
+from awq_compile.tuning.measure import Work
 from awq_compile.tuning.timing import Device, Kernel, last_level_cache_bytes
 from awq_compile.verify.executors.base import DeviceCode, Size3
 from awq_compile.verify.executors.opencl import scalar_types, split_kernels

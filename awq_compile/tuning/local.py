@@ -19,8 +19,9 @@ from awq_compile import settings
 from awq_compile.errors import EnvironmentMissingError
 from awq_compile.problem import encode_problem
 from awq_compile.targets.base import TargetSpec
+from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate, encode_candidate
-from awq_compile.tuning.measure import Fingerprint, Measurement, Plan, Status, Work
+from awq_compile.tuning.measure import Measurement, Plan, Status, Work
 from awq_compile.verify.executors.opencl import driver_environment
 
 _START_SECONDS: Final = 120.0  # importing TVM and starting a driver on a busy machine

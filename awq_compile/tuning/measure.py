@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, Protocol, Self
 
 from awq_compile.errors import CompileError
 from awq_compile.problem import MatmulProblem, row_bucket
+from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate, decode_candidate, encode_candidate
 
 Status = Literal["ok", "wrong", "failed", "crashed", "hung"]
@@ -98,21 +99,6 @@ class Times:
     def spread(self) -> float:
         """Interquartile range over the median."""
         return (self.high - self.low) / self.median if self.median else 0.0
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """The device that gave a time. `kind` is `cpu` or `gpu`; `driver` its version, `units` its cores."""
-
-    name: str
-    kind: str
-    driver: str
-    units: int
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        return f"{self.name}, {self.units} units, {self.driver}"
 
 
 @dataclass(frozen=True)

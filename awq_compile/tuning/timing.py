@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
-from awq_compile.tuning.measure import Fingerprint, Plan, Times, Work
+from awq_compile.tuning.measure import Plan, Times, Work
 
 
 class Kernel(Protocol):

@@ -18,7 +18,7 @@ from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import model_parameters
 from awq_compile.targets.base import TargetSpec
-from awq_compile.tuning.database import shipped_records
+from awq_compile.tuning.database import known_records
 from awq_compile.verify.case import Case
 from awq_compile.verify.cases import attention, cache, engine, sampler
 from awq_compile.verify.cases.generic import build_references, generic_cases
@@ -77,7 +77,7 @@ class Role:
 def roles(config: ModelConfig, scheme: QuantScheme, target: TargetSpec, options: CompileOptions) -> Mapping[str, Role]:
     """By name of PrimFunc, without a system library's prefix."""
     parameters = tuple(model_parameters(config, scheme))
-    module = lowered_module(CompileContext(config, scheme, target, options, parameters, shipped_records()))
+    module = lowered_module(CompileContext(config, scheme, target, options, parameters, known_records()))
     return roles_of(module, config)
 
 

@@ -28,7 +28,7 @@ from awq_compile.runtime import engine
 from awq_compile.runtime.lean_tvm import Shape, tvm
 from awq_compile.targets import resolve_target
 from awq_compile.targets.base import TargetSpec
-from awq_compile.tuning.database import shipped_records
+from awq_compile.tuning.database import known_records
 from awq_compile.verify.device_vm import device_vm, initialised
 from awq_compile.verify.dist import compiled_from
 from awq_compile.verify.tolerance import ROUNDOFF
@@ -126,7 +126,7 @@ def _context(dist: Dist, target: TargetSpec) -> CompileContext:
     """From what the library was compiled, as the DIST says."""
     config, scheme, options = compiled_from(dist)
     parameters = tuple(model_parameters(config, scheme))
-    return CompileContext(config, scheme, target, options, parameters, shipped_records())
+    return CompileContext(config, scheme, target, options, parameters, known_records())
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from awq_compile.targets.link import library_suffix, llvm_triple
 _REPORTS: Final = "Vulkan hardware database, maxComputeWorkGroupInvocations and maxComputeSharedMemorySize"
 
 
-def _limits(max_threads: int, shared_kib: int, source: str) -> HardwareLimits:
+def _limits(max_threads: int, shared_kib: int, registers: int, source: str) -> HardwareLimits:
     # No subgroup size is promised by Vulkan 1.1: reductions go through shared memory.
-    return HardwareLimits(max_threads, shared_kib << 10, 0, 8, source)
+    return HardwareLimits(max_threads, shared_kib << 10, 0, registers, 8, source)
 
 
 _DESKTOP: Final = GpuTemplates(
@@ -26,12 +26,12 @@ _PHONE: Final = GpuTemplates(
     32, 4, 2, 8, 4, SimtGemmSchedule(32, 32, 32, 4, 4, 8), ColumnGemvSchedule(64, 4, 1, unit=8)
 )
 _GPUS: Final = {
-    "": (_limits(256, 32, f"{_REPORTS}: the least among current drivers of desktop and phone GPUs"), _DESKTOP),
-    "nvidia": (_limits(1024, 48, f"{_REPORTS}, NVIDIA"), _DESKTOP),
-    "amd": (_limits(1024, 64, f"{_REPORTS}, RADV and AMDVLK"), _DESKTOP),
-    "intel": (_limits(1024, 32, f"{_REPORTS}, ANV and Windows"), _DESKTOP),
-    "adreno": (_limits(512, 32, f"{_REPORTS}, Adreno 6xx and later"), _PHONE),
-    "mali": (_limits(256, 32, f"{_REPORTS}, Mali-G7x and later"), _PHONE),
+    "": (_limits(256, 32, 128, f"{_REPORTS}: the least among current drivers of desktop and phone GPUs"), _DESKTOP),
+    "nvidia": (_limits(1024, 48, 255, f"{_REPORTS}, NVIDIA"), _DESKTOP),
+    "amd": (_limits(1024, 64, 255, f"{_REPORTS}, RADV and AMDVLK"), _DESKTOP),
+    "intel": (_limits(1024, 32, 128, f"{_REPORTS}, ANV and Windows"), _DESKTOP),
+    "adreno": (_limits(512, 32, 64, f"{_REPORTS}, Adreno 6xx and later"), _PHONE),
+    "mali": (_limits(256, 32, 64, f"{_REPORTS}, Mali-G7x and later"), _PHONE),
 }
 _PHONES: Final = ("adreno", "mali")
 # Features that the shaders need, from `VkPhysicalDeviceVulkan12Features` and its 16- and 8-bit storage kin.
