@@ -58,6 +58,7 @@ class Phone:
     capacity: int = 1 << 40
     lose_after: int = 1 << 40
     driver: str = "/vendor/lib64/libOpenCL.so"
+    flips_bits: bool = False
 
     def __post_init__(self) -> None:
         tools = self.folder / "bin"
@@ -106,6 +107,8 @@ class Phone:
     def receive(self, name: str, data: bytes) -> str | None:
         """A pushed file, as far as it fits and the connection lasts → what the phone says, None when all is well."""
         kept = data[: max(0, min(self.room(), self.lose_after))]
+        if self.flips_bits:
+            kept = bytes([kept[0] ^ 1]) + kept[1:]
         lost = self.lose_after < len(data)
         self.lose_after = 0 if lost else self.lose_after - len(data)
         try:

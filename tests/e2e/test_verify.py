@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from helpers_models import DEMO
 
-from awq_compile.compiler import compile_library, system_lib_prefix
+from awq_compile.compiler import compile_library, model_lib, system_lib_prefix
 from awq_compile.errors import ArtifactError
 from awq_compile.formats import QuantScheme
 from awq_compile.limits import CompileOptions
@@ -38,7 +39,8 @@ LINEAR = "qmatmul_w4g32_n256_k256_residual_float16"
 def build_and_verify(name: str, folder: Path) -> tuple[Path, KernelVerification]:
     """In a process of its own."""
     target, config = resolve_target(name), read_config(DEMO)
-    library = folder / f"demo-{name.replace(':', '-')}{target.library_suffix}"
+    library = folder / name.replace(":", "-") / f"lib{target.library_suffix}"
+    library.parent.mkdir()
     compile_library(config, SCHEME, target, OPTIONS, library)
     return library, verify_kernels(library, config, SCHEME, target, OPTIONS)
 
@@ -65,6 +67,17 @@ def test_every_kernel_is_right(built: dict[str, tuple[Path, KernelVerification]]
     assert all(row.launches for row in found.rows)
     linears = [row for row in found.rows if row.kind == "linear"]
     assert len(linears) >= 15 and {row.oracle for row in linears} == {"float64"}
+
+
+def test_an_app_finds_its_library(built: dict[str, tuple[Path, KernelVerification]]) -> None:
+    """The objects of an archive define the symbol that MLC's runtime looks for, also for a short file name."""
+    import lief
+
+    library = built["android"][0]
+    with tarfile.open(library) as archive:
+        objects = [lief.ELF.parse(archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+    defined = {symbol.name for one in objects if one for symbol in one.symbols if symbol.shndx}
+    assert f"{model_lib(library)}___tvm_ffi__library_bin" in defined
 
 
 @pytest.fixture(scope="module")

@@ -204,6 +204,14 @@ def test_a_damaged_file_is_not_sent(phone: Phone, dist: Path, deploy: Deploy, ad
     assert code == 1 and "params_shard_1.bin: sha256 is" in err and adb.pushed() == []
 
 
+def test_a_file_that_arrives_damaged(phone: Phone, dist: Path, deploy: Deploy) -> None:
+    """It is taken away again, and the error says both digests."""
+    phone.changed(flips_bits=True)
+    code, _, err = deploy(dist)
+    assert code == 3 and "params_shard_0.bin arrived with sha256" in err
+    assert not any(phone.path(MODEL).iterdir())
+
+
 def test_the_apps_own_list_of_models(phone: Phone, dist: Path, deploy: Deploy) -> None:
     """MLCChat prefers a list that it wrote itself; one without the model is pointed out."""
     phone.path(FILES).mkdir(parents=True)
