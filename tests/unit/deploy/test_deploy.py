@@ -10,6 +10,7 @@ import pytest
 from helpers_phone import FILES, MALI, SERIAL, AdbServer, Phone, write_dist
 
 from awq_compile.cli.main import main
+from awq_compile.deploy.adb import Adb
 
 MODEL = f"{FILES}/tiny-w4g32-android-adreno"
 Deploy = Callable[..., tuple[int, str, str]]
@@ -210,6 +211,14 @@ def test_a_file_that_arrives_damaged(phone: Phone, dist: Path, deploy: Deploy) -
     code, _, err = deploy(dist)
     assert code == 3 and "params_shard_0.bin arrived with sha256" in err
     assert not any(phone.path(MODEL).iterdir())
+
+
+def test_words_reach_the_phone_as_they_are(phone: Phone) -> None:
+    """Its shell sees quoted words: nothing in a name is run there."""
+    name = "/data/local/tmp/a b';$(touch /data/local/tmp/pwned) & \\"
+    Adb(SERIAL).change(["mkdir", name], ["touch", f"{name}/x"])
+    assert [path.name for path in phone.path(name).iterdir()] == ["x"]
+    assert len(list(phone.path("/data/local/tmp").iterdir())) == 1
 
 
 def test_the_apps_own_list_of_models(phone: Phone, dist: Path, deploy: Deploy) -> None:
