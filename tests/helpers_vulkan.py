@@ -86,7 +86,7 @@ def validate(shaders: Sequence[Shader], folder: Path) -> None:
 class Built:
     """Functions with kernels for Vulkan and host code for this machine."""
 
-    def __init__(self, module: Any, target: Any | None = None) -> None:
+    def __init__(self, module: Any, target: Any | None = None, instruments: Sequence[Any] = ()) -> None:
         self.shaders: dict[str, Shader] = {}
         self._tags: dict[str, list[str]] = {}
         self._memory: dict[int, np.ndarray] = {}
@@ -94,7 +94,8 @@ class Built:
         self.generation_seconds = 0.0
         if not isinstance(module, tvm.IRModule):
             module = tvm.IRModule({"main": module.with_attr("global_symbol", "main")})
-        with self._generator(), tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        config = {"tirx.disable_assert": True}
+        with self._generator(), tvm.transform.PassContext(config=config, instruments=list(instruments)):
             self._host = tvm.compile(module, target=target or vulkan_target())
 
     @contextmanager

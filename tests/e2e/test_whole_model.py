@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tvm
 from helpers_models import DEMO
+from helpers_vulkan import global_functions
 from tokenizers import Tokenizer
 
 from awq_compile import verification
@@ -72,6 +74,29 @@ def test_tokens_are_the_cpu_librarys(dist: Dist, prompts: Prompts, name: str) ->
     assert found.max_difference > 0  # the device computed in half precision: these are not the CPU's own logits
     for kernel in EXPECTED:
         assert any(launched.endswith(kernel) for launched in found.launches), kernel
+
+
+SAMPLER = {
+    "multinomial_from_uniform",
+    "argsort_probs",
+    "sample_with_top_p",
+    "sampler_take_probs",
+    "renormalize_by_top_p",
+    "sampler_verify_draft_tokens",
+}
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("vulkan", SAMPLER), ("opencl", set())])
+def test_the_engine_finds_the_devices_sampler(dist: Dist, name: str, sampler: set[str]) -> None:
+    """By name among the library's imports, as MLC's engine looks functions up; on OpenCL it samples on the host."""
+    if name not in dist.manifest.libraries:
+        pytest.skip(missing(resolve_target(name)) or "")
+    # The device's own runtime is not here, and none of it is called.
+    nothing = tvm.tirx.build(tvm.IRModule({}), target="llvm")
+    with global_functions({f"ffi.Module.load_from_bytes.{name}": lambda _: nothing}):
+        vm = tvm.runtime.load_module(str(dist.library(name)))["vm_load_executable"]()
+    assert {function for function in SAMPLER if vm.implements_function(function, query_imports=True)} == sampler
+    assert vm.implements_function("apply_penalty_inplace", query_imports=True)
 
 
 def test_broken_device_code_is_caught(dist: Dist, prompts: Prompts, tmp_path: Path) -> None:

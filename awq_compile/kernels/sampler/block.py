@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ Buffer = Any
 
 THREADS: Final = 256  # of a block: every device takes as many
 PER_THREAD: Final = 8  # elements of a tile
+COLUMNS: Final = 8  # of a thread at once: one block has to keep the memory busy
 TILE: Final = THREADS * PER_THREAD
 
 
@@ -67,17 +68,32 @@ def shared_array(count: int, dtype: str) -> Buffer:
     return T.alloc_buffer((count,), dtype, scope="shared")
 
 
-def sum_over_block(arrays: Sequence[Buffer], tx: Expr) -> None:
-    """Sums each shared array of `THREADS` float32; its sum is then in element 0.
+def each_column(vocab_size: int, tx: Expr, body: Callable[[list[Expr]], None]) -> None:
+    """Emits `body` for all columns of a row that belong to thread `tx`: those of its number modulo `THREADS`.
 
-    Always in the same order. Needs no barrier around it, but one before an array is written again. They are several
-    arrays, and not one, because TVM would take their elements for one another's.
+    It gets several at once, whose loads should come first, so that they are in flight together.
+    """
+    at_once = THREADS * COLUMNS
+    whole = vocab_size // at_once
+    if whole:
+        with T.serial(0, whole) as i:
+            body([i * at_once + e * THREADS + tx for e in range(COLUMNS)])
+    if rest := -(-(vocab_size - whole * at_once) // THREADS):
+        with T.serial(0, rest) as i:
+            column = T.bind(whole * at_once + i * THREADS + tx)
+            with T.If(column < vocab_size), T.Then():
+                body([column])
+
+
+def sum_over_block(shared: Buffer, tx: Expr) -> None:
+    """Sums a shared array of `THREADS` float32, always in the same order; its sum is then in element 0.
+
+    Needs no barrier around it, but one before the array is written again.
     """
     offset = THREADS // 2
     while offset:
         barrier()
         with T.If(tx < offset), T.Then():
-            for shared in arrays:
-                T.buffer_store(shared, shared[tx] + shared[tx + offset], [tx])
+            T.buffer_store(shared, shared[tx] + shared[tx + offset], [tx])
         offset //= 2
     barrier()

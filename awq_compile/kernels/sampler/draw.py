@@ -94,7 +94,7 @@ def _tile_sums(probs: Buffer, rows: Buffer, k: Expr, v: int) -> Buffer:
             with T.If(at < v), T.Then():
                 total.set(total.value + probs[rows[by], at])
         T.buffer_store(shared, total.value, [tx])
-        sum_over_block([shared], tx)
+        sum_over_block(shared, tx)
         with T.If(tx == 0), T.Then():
             T.buffer_store(sums, shared[0], [by, bx])
     return sums

@@ -17,8 +17,16 @@ from typing import Any, Final
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.kernels.sampler.block import THREADS, Cell, function, shared_array, sum_over_block
-from awq_compile.kernels.simt import barrier
+from awq_compile.kernels.sampler.block import (
+    COLUMNS,
+    THREADS,
+    Cell,
+    each_column,
+    function,
+    shared_array,
+    sum_over_block,
+)
+from awq_compile.kernels.simt import Registers, barrier
 
 _SAME: Final = 1e-7
 
@@ -53,10 +61,24 @@ def verify_drafts(name: str, vocab_size: int) -> Any:
         child = Cell(first_child[node.value], "int32")
         rest, goes_on = Cell(0.0, "float32"), Cell(0, "int32")
 
-        def left(column: Any) -> Any:
-            return T.max(p[node.value, column] - q[child.value, column], tirx.const(0, "float32"))
+        left = Registers(COLUMNS)
 
-        columns = -(-v // THREADS)
+        def load_left(columns: list[Any]) -> None:
+            for e, column in enumerate(columns):
+                left[e] = p[node.value, column] - q[child.value, column]
+            for e in range(len(columns)):
+                left[e] = T.max(left[e], tirx.const(0, "float32"))
+
+        def add_left(columns: list[Any]) -> None:
+            load_left(columns)
+            for e in range(len(columns)):
+                rest.set(rest.value + left[e])
+
+        def store_left(columns: list[Any]) -> None:
+            load_left(columns)
+            for e, column in enumerate(columns):
+                T.buffer_store(p, left[e] / rest.value, [node.value, column])
+
         with T.serial(0, m):  # no node is visited twice: a broken tree ends too
             with T.If(child.value >= 0), T.Then():
                 x = T.bind(tokens[child.value])
@@ -66,22 +88,17 @@ def verify_drafts(name: str, vocab_size: int) -> Any:
             barrier()
             goes_on.set(accepted[0])
             rest.set(0.0)
-            with T.If(tirx.all(child.value >= 0, goes_on.value == 0)), T.Then(), T.serial(0, columns) as i:
-                column = i * THREADS + tx
-                with T.If(column < v), T.Then():
-                    rest.set(rest.value + left(column))
+            with T.If(tirx.all(child.value >= 0, goes_on.value == 0)), T.Then():
+                each_column(v, tx, add_left)
             T.buffer_store(shared, rest.value, [tx])
-            sum_over_block([shared], tx)
+            sum_over_block(shared, tx)
             rest.set(shared[0])
             with T.If(child.value >= 0), T.Then(), T.If(tirx.any(goes_on.value != 0, rest.value < _SAME)):
                 with T.Then():
                     node.set(child.value)
                     child.set(first_child[node.value])
                 with T.Else():
-                    with T.serial(0, columns) as i:
-                        column = i * THREADS + tx
-                        with T.If(column < v), T.Then():
-                            T.buffer_store(p, left(column) / rest.value, [node.value, column])
+                    each_column(v, tx, store_left)
                     child.set(next_sibling[child.value])
             barrier()  # what is shared has been read
         with T.If(tx == 0), T.Then():
