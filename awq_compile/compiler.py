@@ -150,6 +150,8 @@ def compile_library(
     import tvm
     from tvm import relax
 
+    from awq_compile.passes.memory_usage import memory_usage
+    from awq_compile.passes.prefix_symbols import PrefixSymbols
     from awq_compile.verify.record import LaunchRecorder
     from awq_compile.verify.sidecar import write_sidecar
 
@@ -166,12 +168,13 @@ def compile_library(
         module = lowered_module(context)
         if target.has_device_code:
             module = tvm.transform.Sequential(device_passes())(module)
-        planned = tvm.transform.Sequential(vm_passes()[:5])(module)
-        memory = _memory_usage(planned)
+        planned = tvm.transform.Sequential(vm_passes()[:6])(module)
+        memory = memory_usage(planned)
         planned["_metadata"] = _metadata_function(context, memory)
-        final = tvm.transform.Sequential(vm_passes()[5:])(planned)
+        final = tvm.transform.Sequential(vm_passes()[6:])(planned)
         if target.system_lib:
-            final = final.with_attr("system_lib_prefix", system_lib_prefix(out))
+            prefix = system_lib_prefix(out)
+            final = PrefixSymbols(prefix).as_tvm()(final).with_attr("system_lib_prefix", prefix)
         with target.building():
             executable = relax.build(final, target=tvm_target, relax_pipeline=None, system_lib=target.system_lib)
             export_executable(executable, target, out)
@@ -226,21 +229,6 @@ def _with_bounds(module: Any, options: CompileOptions) -> Any:
     for var, function in relax_functions(module):
         result[var] = function.with_attr("tir_var_upper_bound", bounds)
     return result
-
-
-def _memory_usage(module: Any) -> dict[str, int]:
-    """Bytes of planned temporaries of each function."""
-    from awq_compile.passes.base import bindings_of, called_op, relax_functions
-
-    usage = {}
-    for var, function in relax_functions(module):
-        sizes = [
-            b.value.args[0].values[0]
-            for b in bindings_of(function)
-            if called_op(b.value) == "relax.memory.alloc_storage"
-        ]
-        usage[str(var.name_hint)] = sum(int(size) for size in sizes if hasattr(size, "value"))
-    return usage
 
 
 def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:

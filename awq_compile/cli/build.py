@@ -303,6 +303,7 @@ class _Job:
         """
         from awq_compile.artifact import DistWriter, versions
         from awq_compile.chat.config import chat_config
+        from awq_compile.contract.check import require_contract
         from awq_compile.deploy.package import package_files
         from awq_compile.manifest import CHAT_CONFIG, dump_json
         from awq_compile.models.parameters import model_parameters
@@ -338,6 +339,7 @@ class _Job:
             dist.write_text("report.json", dump_json(report))
             dist.write_text("report.html", render_html(report))
             dist.manifest(name, model.scheme, recorded)
+            require_contract(dist.path)
             dist.commit()
         return Built(self.final, report, model.path, took, checks)
 

@@ -20,6 +20,7 @@ from awq_compile.cli import (
     bench,
     build,
     chat,
+    check_contract,
     deploy,
     doctor,
     evaluate,
@@ -40,8 +41,8 @@ _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 _EPILOG: Final = (
     "Verbs, each with its own --help: "
     "quantize (AWQ only), run (generate text), chat, serve (by MLC's engine), bench (tokens per second), "
-    "eval (perplexity and KL divergence), "
-    "verify (every kernel against the reference), inspect (what a directory holds), "
+    "eval (perplexity and KL divergence), verify (every kernel against the reference), "
+    "check-contract (what the MLC runtime demands), inspect (what a directory holds), "
     "package (models into an app), deploy (a model onto an Android phone), "
     "targets, doctor (what works on this machine). "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 130 interrupted."
@@ -61,6 +62,7 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     verbs.command("bench")(bench.bench)
     verbs.command("eval")(evaluate.evaluate)
     verbs.command("verify")(verify.verify)
+    verbs.command("check-contract")(check_contract.check_contract)
     verbs.command("inspect")(inspect.inspect)
     verbs.command("package")(package.package)
     verbs.command("deploy")(deploy.deploy)
@@ -70,7 +72,7 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
 
 
 VERBS: Final = (
-    *("quantize", "run", "chat", "serve", "bench", "eval", "verify", "inspect"),
+    *("quantize", "run", "chat", "serve", "bench", "eval", "verify", "check-contract", "inspect"),
     *("package", "deploy", "targets", "doctor"),
 )
 

@@ -7,19 +7,16 @@ a size that does not fit stops with `ArtifactError`.
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from awq_compile.errors import ArtifactError, EnvironmentMissingError
+from awq_compile.contract.objects import module_blob
+from awq_compile.errors import ArtifactError
 from awq_compile.targets.vulkan.blob import BlobModule, FunctionInfo, parse_blob
 from awq_compile.verify.executors.base import DeviceCode
 
-_SYMBOL: Final = "__tvm_ffi__library_bin"
-_MAX_BYTES: Final = 1 << 32
 _CODES: Final = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 6: "bool"}
 
 
@@ -41,12 +38,7 @@ class DeviceModule:
 
 def library_code(path: Path) -> list[DeviceModule]:
     """The device modules of a library or archive. Raises `ArtifactError` when it has none or is damaged."""
-    data = path.read_bytes()
-    for member, content in _objects(path.name, data):
-        blob = _library_bin(member, content)
-        if blob is not None:
-            return device_modules(blob, f"{path.name}: {member}" if member != path.name else member)
-    raise ArtifactError(f"{path}: holds no symbol {_SYMBOL}, so no device code")
+    return device_modules(module_blob(path), path.name)
 
 
 def device_modules(blob: bytes, what: str) -> list[DeviceModule]:
@@ -127,73 +119,3 @@ class _Reader:
     def end(self) -> None:
         if self.at != len(self.data):
             raise ArtifactError(f"{self.what} has {len(self.data) - self.at} bytes too many")
-
-
-def _objects(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the object files in a library: itself, or the members of a tar."""
-    if not name.endswith(".tar"):
-        yield name, data
-        return
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-            for member in archive:
-                file = archive.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    yield member.name, file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ArtifactError(f"{name} is not a tar archive: {error}") from None
-
-
-def _library_bin(name: str, data: bytes) -> bytes | None:
-    """The bytes of the symbol in one object or library; None where it has none."""
-    lief = _lief()
-    parsed = lief.parse(data)
-    if parsed is None:
-        raise ArtifactError(f"{name} is not an object file or library")
-    for section, offset in _places(lief, parsed):
-        content = bytes(section.content)
-        size = int.from_bytes(content[offset : offset + 8], "little")
-        if len(content) < offset + 8 or size > min(_MAX_BYTES, len(content) - offset - 8):
-            raise ArtifactError(
-                f"{name}: the module blob announces {size} bytes, {len(content) - offset - 8} are there"
-            )
-        return content[offset : offset + 8 + size]
-    return None
-
-
-def _places(lief: Any, parsed: Any) -> Iterator[tuple[Any, int]]:
-    """(section, offset) of each symbol that is the module blob."""
-    if isinstance(parsed, lief.PE.Binary):
-        exported = parsed.get_export()
-        for entry in exported.entries if exported is not None else ():
-            if str(entry.name).endswith(_SYMBOL):
-                section = parsed.section_from_rva(entry.address)
-                if section is not None:
-                    yield section, entry.address - section.virtual_address
-        return
-    for symbol in parsed.symbols:
-        if not str(symbol.name).endswith(_SYMBOL):
-            continue
-        if _is_relocatable(lief, parsed):
-            if symbol.section is not None:
-                yield symbol.section, symbol.value
-        else:
-            for section in parsed.sections:
-                if section.virtual_address <= symbol.value < section.virtual_address + section.size:
-                    yield section, symbol.value - section.virtual_address
-
-
-def _is_relocatable(lief: Any, parsed: Any) -> bool:
-    """Whether symbols count from their section, as in COFF and ELF objects; Mach-O objects have addresses."""
-    if isinstance(parsed, lief.ELF.Binary):
-        return bool(parsed.header.file_type == lief.ELF.Header.FILE_TYPE.REL)
-    return isinstance(parsed, lief.COFF.Binary)
-
-
-def _lief() -> Any:
-    try:
-        import lief
-    except ImportError:
-        raise EnvironmentMissingError("the package `lief` is not installed", hint="pip install lief") from None
-    lief.logging.disable()
-    return lief

@@ -19,10 +19,11 @@ from typing import Any, Final
 import numpy as np
 
 from awq_compile.compiler import CompileContext, device_passes, lowered_module, system_lib_prefix, vm_passes
+from awq_compile.contract.objects import module_blob
 from awq_compile.errors import ArtifactError, AwqCompileError
 from awq_compile.targets.cuda_source import check_source
 from awq_compile.targets.vulkan.blob import parse_blob
-from awq_compile.verify.device_code import _library_bin, _objects, device_modules
+from awq_compile.verify.device_code import device_modules
 from awq_compile.verify.execution import Loaded, load
 from awq_compile.verify.executors.base import Argument, Size3
 from awq_compile.verify.launch_table import View, run_prim_func
@@ -69,7 +70,7 @@ def device_vm(library: Path, context: CompileContext) -> Iterator[DeviceVM]:
     from awq_compile.runtime.lean_tvm import tvm
 
     target = context.target
-    blob = _blob(library)
+    blob = module_blob(library)
     sidecar = read_sidecar(library)
     prefix = system_lib_prefix(library) if target.system_lib else ""
     tables = {name.removeprefix(prefix): table for name, table in sidecar.tables.items()}
@@ -93,7 +94,8 @@ def device_vm(library: Path, context: CompileContext) -> Iterator[DeviceVM]:
             return call
 
         functions = {name: kernel(table) for name, table in tables.items()}
-        with _global_functions({**_host_functions(context, frozenset(tables)), **functions}):
+        functions = {**_host_functions(context, frozenset(tables)), **functions}
+        with _global_functions({prefix + name: function for name, function in functions.items()}):
             found.vm = initialised(executable)
             yield found
 
@@ -103,14 +105,6 @@ def initialised(executable: Any) -> Any:
     vm = executable["vm_load_executable"]()
     vm["vm_initialization"](_CPU, 0, _POOLED, _CPU, 0, _POOLED)
     return vm
-
-
-def _blob(library: Path) -> bytes:
-    """TVM's module blob in a library or archive."""
-    for name, content in _objects(library.name, library.read_bytes()):
-        if (blob := _library_bin(name, content)) is not None:
-            return blob
-    raise ArtifactError(f"{library} holds no module blob")
 
 
 def _executable(blob: bytes, library: Path) -> bytes:

@@ -77,7 +77,6 @@ def missing(target: TargetSpec) -> str | None:
             VulkanExecutor().close()
         else:
             import ziglang  # noqa: F401
-        import lief  # noqa: F401
     except EnvironmentMissingError as error:
         return f"{error}; {error.hint}" if error.hint else str(error)
     except ImportError as error:

@@ -1,0 +1,99 @@
+"""The whole contract of a DIST: its directory, each of its libraries, and what they must share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from awq_compile.contract.directory import (
+    CHAT_CONFIG,
+    TENSOR_CACHE,
+    check_config,
+    check_parameters,
+    check_tensors,
+    is_inside,
+    read_object,
+)
+from awq_compile.contract.finding import Finding
+from awq_compile.contract.library import check_library, read_library
+from awq_compile.errors import ArtifactError, CompileError
+from awq_compile.manifest import MANIFEST
+
+_KINDS: Final = ("llvm", "cuda", "vulkan", "metal", "opencl")
+_AGAIN: Final = "compile again, or copy the whole directory"
+
+
+def check_contract(folder: Path) -> list[Finding]:
+    """Every way in which a DIST breaks MLC's contract; nothing of it is loaded or run.
+
+    Raises `ArtifactError` for what is no DIST at all.
+    """
+    try:
+        libraries = _libraries(read_object(folder / MANIFEST))
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{folder / MANIFEST}: expected a compiled model's, found {error}", hint="awq-compile MODEL writes one"
+        ) from None
+    findings: list[Finding] = []
+    config = _object(folder, CHAT_CONFIG, findings)
+    if config:
+        findings += check_config(config, folder)
+    cache = _object(folder, TENSOR_CACHE, findings)
+    tensors, wrong = check_tensors(cache, folder) if cache else ({}, [])
+    findings += wrong
+    prefixes: dict[str, str] = {}
+    for name, device in libraries.items():
+        if not is_inside(folder, name):
+            findings.append(Finding("missing-library", name, "a file in the directory", "none", _AGAIN))
+            continue
+        try:
+            library = read_library(folder / name, device)
+            findings += check_library(library, config)
+        except ArtifactError as error:
+            findings.append(
+                Finding("unreadable-library", name, "a library of TVM's virtual machine", str(error), _AGAIN)
+            )
+            continue
+        if cache:
+            findings += check_parameters(library.name, library.metadata, tensors, config)
+        if library.archive and library.prefix in prefixes:
+            other = prefixes[library.prefix]
+            what = f"another prefix than {library.prefix!r} of {other}"
+            findings.append(Finding("prefix", library.name, what, "the same", "compile one of them under another name"))
+        prefixes[library.prefix] = library.name
+    return findings
+
+
+def require_contract(folder: Path) -> None:
+    """Raises `CompileError` for a DIST that breaks the contract, with every error in its message."""
+    errors = [finding for finding in check_contract(folder) if finding.severity == "error"]
+    if errors:
+        lines = "\n".join(f"  {finding}" for finding in errors[:20])
+        more = f"\n  and {len(errors) - 20} more" if len(errors) > 20 else ""
+        raise CompileError(
+            f"MLC's runtime would not take what was compiled:\n{lines}{more}",
+            hint="this is a bug in awq-compile: --dump DIR shows what each pass did",
+        )
+
+
+def _libraries(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Path → kind of device."""
+    listed, found = manifest.get("libraries"), {}
+    if not isinstance(listed, dict):
+        raise ArtifactError("no libraries")
+    for name, entry in listed.items():
+        target = entry.get("tvm_target") if isinstance(entry, dict) else None
+        kind = target.get("kind") if isinstance(target, dict) else None
+        if kind not in _KINDS or not isinstance(entry.get("path"), str):
+            raise ArtifactError(f"the library {name!r:.80} with the path or the target {entry!r:.80}")
+        found[entry["path"]] = kind
+    return found
+
+
+def _object(folder: Path, name: str, findings: list[Finding]) -> dict[str, Any]:
+    try:
+        return read_object(folder / name)
+    except ArtifactError as error:
+        findings.append(Finding("missing-file", name, "a JSON object", str(error), _AGAIN))
+        return {}

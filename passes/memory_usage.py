@@ -1,0 +1,47 @@
+"""How much memory each function of a planned module takes, for `_metadata`.
+
+    storage = R.memory.alloc_storage(R.shape([n * 256]), …)    with tir_var_upper_bound = {"n": 512}
+    → 131072 bytes
+
+MLC's own estimate leaves storages of symbolic size out; results are such, for they are not planned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import sym
+from tvm.ir import Range
+from tvm.tirx.analysis import undefined_vars
+
+from awq_compile.errors import CompileError
+from awq_compile.passes.base import IRModule, bindings_of, called_op, relax_functions
+
+_BOUNDS = "tir_var_upper_bound"
+
+
+def memory_usage(module: IRModule) -> dict[str, int]:
+    """Bytes that each Relax function allocates when its sizes are at their upper bounds, results included.
+
+    `module` has its storages planned and its tensors lowered to storages (`StaticPlanBlockMemory`,
+    `LowerAllocTensor`). Raises `CompileError` for a storage whose size has no bound.
+    """
+    usage = {}
+    for var, function in relax_functions(module):
+        attrs = function.attrs or {}
+        bounds = {str(name): int(most) for name, most in attrs.get(_BOUNDS, {}).items()}
+        storages = (
+            b.value.args[0] for b in bindings_of(function) if called_op(b.value) == "relax.memory.alloc_storage"
+        )
+        usage[str(var.name_hint)] = sum(_most(size, bounds, var.name_hint) for (size,) in (s.values for s in storages))
+    return usage
+
+
+def _most(size: Any, bounds: dict[str, int], function: str) -> int:
+    """The largest value of an expression."""
+    analyzer = sym.Analyzer()
+    for var in undefined_vars(size):
+        if str(var.name) not in bounds:
+            raise CompileError(f"{function} allocates {size} bytes, and {var.name} has no upper bound")
+        analyzer.bind(var, Range(0, bounds[str(var.name)] + 1))
+    return int(analyzer.const_int_bound(size).max_value)
