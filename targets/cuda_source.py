@@ -14,7 +14,7 @@ import re
 import struct
 from typing import Any, Final
 
-from awq_compile.errors import ArtifactError, EnvironmentMissingError
+from awq_compile.errors import ArtifactError
 
 SYMBOL: Final = "awq_compile_source_sha256"
 _FATBIN_MAGIC: Final = 0xBA55ED50
@@ -88,10 +88,8 @@ def _fatbin_parts(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def _in_cubin(data: bytes) -> bytes:
-    try:
-        import lief
-    except ImportError:
-        raise EnvironmentMissingError("the package `lief` is not installed", hint="pip install lief") from None
+    import lief
+
     lief.logging.disable()
     parsed: Any = lief.parse(data)
     for symbol in parsed.symbols if isinstance(parsed, lief.ELF.Binary) else ():

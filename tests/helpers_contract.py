@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from awq_compile.artifact import DistWriter
 from awq_compile.chat.config import chat_config
-from awq_compile.compiler import CompileOptions, compile_library
+from awq_compile.chat.conv_template import ConvTemplate
+from awq_compile.compiler import compile_library
 from awq_compile.contract.executable import KIND, DType, Executable, parse_executable
 from awq_compile.contract.objects import module_blob
 from awq_compile.formats import QuantizedMatrix, QuantScheme, QuantSpec
+from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig, read_config
 from awq_compile.models.parameters import model_parameters
 from awq_compile.models.weights import expected_tensors
@@ -59,22 +61,18 @@ class RandomWeights:
 def write_dist(out: Path, model: Path, targets: Sequence[str], scheme: str = "w4g32") -> Path:
     """A DIST as the main job writes it, without quantising and verifying."""
     config, parsed = read_config(model), QuantScheme.parse(scheme)
-    sizes = {
-        "context_window_size": OPTIONS.context_window_size,
-        "prefill_chunk_size": OPTIONS.prefill_chunk_size,
-        "max_batch_size": OPTIONS.max_batch_size,
-    }
+    conversation = ConvTemplate({"user": "", "assistant": ""}, ("",), stop_token_ids=config.eos_token_ids)
     with DistWriter(out) as dist:
         dist.write_parameters(model_parameters(config, parsed), RandomWeights(config, parsed))
         tokenizer = dist.write_tokenizer(model)
-        text = chat_config(config, parsed, **sizes, tokenizer_dir=model, tokenizer_files=tokenizer)
+        text = chat_config(config, parsed, OPTIONS, conversation, tokenizer_dir=model, tokenizer_files=tokenizer)
         dist.write_text("mlc-chat-config.json", text)
         shutil.copyfile(model / "config.json", dist.path / "lib" / "config.json")
         for name in targets:
             target = resolve_target(name)
             library = dist.library_path("tiny", parsed, name, target.library_suffix, target.tvm_target)
             compile_library(config, parsed, target, OPTIONS, library)
-        dist.manifest("tiny", parsed, {"method": "random", **sizes})
+        dist.manifest("tiny", parsed, {"method": "random", **asdict(OPTIONS)})
         dist.commit()
     return out
 

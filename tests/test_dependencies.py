@@ -22,7 +22,10 @@ LAYERS = (
     ("awq", "targets"),
     ("models.decoder", "models.kv_cache", "models.sampling", "models.gpu_sampling", "kernels"),
     ("passes", *(f"tuning.{name}" for name in ("templates", "space", "cost", "fingerprint", "record", "database"))),
-    ("compiler", "artifact", "chat", "manifest", "runtime", "verification", "evaluate", "report", "verify", "deploy"),
+    (
+        *("compiler", "artifact", "chat", "contract", "manifest", "runtime", "verification", "evaluate", "report"),
+        *("verify", "deploy"),
+    ),
     ("tuning",),  # finding schedules runs what the compiler builds; keeping and choosing them lies below it
     ("cli",),
 )

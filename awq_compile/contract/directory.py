@@ -111,8 +111,9 @@ def _template(config: Mapping[str, Any]) -> Iterator[Finding]:
     for key, kind in _TEMPLATE.items():
         yield from _key(where, template, key, kind, "JSON-FFI")
     roles = template.get("roles")
-    for role in ("user", "assistant") if isinstance(roles, dict) else ():
-        yield from _key(f"{where}.roles", roles, role, str, "JSON-FFI")
+    if isinstance(roles, dict):
+        for role in ("user", "assistant"):
+            yield from _key(f"{where}.roles", roles, role, str, "JSON-FFI")
     seps = template.get("seps")
     if isinstance(seps, list) and (not 1 <= len(seps) <= 2 or not all(isinstance(sep, str) for sep in seps)):
         yield Finding("config", f"{where}.seps", "one or two texts", f"{seps!r:.80}", _AGAIN)

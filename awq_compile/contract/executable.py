@@ -216,10 +216,11 @@ class _Reader:
         if kind == _SHAPE:
             return self.numbers()
         if kind == _TENSOR:
-            return self.tensor()
+            self.skip_tensor()
+            return None
         raise ArtifactError(f"the VM code has a constant of the unknown type {kind}")
 
-    def tensor(self) -> None:
+    def skip_tensor(self) -> None:
         if (magic := self.unsigned(8)) != _TENSOR_MAGIC:
             raise ArtifactError(f"a tensor of the VM code begins with {magic:#x}, expected {_TENSOR_MAGIC:#x}")
         self.take(16)  # reserved, device type and id

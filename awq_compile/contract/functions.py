@@ -7,10 +7,9 @@ mlc-llm, and what its engine did here when a function was hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
-from awq_compile.contract.finding import Severity
 from awq_compile.contract.signature import (
     ANYTHING,
     NOTHING,
@@ -57,7 +56,6 @@ class Demand:
     name: str
     signature: Signature
     without: str
-    severity: Severity = "error"
 
 
 def demands(sizes: Sizes, device: str) -> Iterator[Demand]:
@@ -66,7 +64,7 @@ def demands(sizes: Sizes, device: str) -> Iterator[Demand]:
     yield from _logits(sizes)
     yield from _speculation(sizes)
     if device in SAMPLING_DEVICES:
-        yield from (replace(demand, severity="warning") for demand in _sampling(sizes))
+        yield from _sampling(sizes)
 
 
 def _model(sizes: Sizes) -> Iterator[Demand]:

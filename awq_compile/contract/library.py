@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from awq_compile.compiler import system_lib_prefix
 from awq_compile.contract.executable import KIND, OF_VM, Executable, parse_executable
 from awq_compile.contract.finding import Finding
 from awq_compile.contract.functions import FORBIDDEN, Demand, Sizes, demands
@@ -146,13 +146,13 @@ def _function(library: Library, demand: Demand) -> Iterator[Finding]:
     if found is None:
         has_it = demand.name in set(library.functions())
         what = "one whose signature cannot be read" if has_it else f"none: {demand.without}"
-        yield Finding("missing-function", where, f"a function {demand.signature}", what, _AGAIN, demand.severity)
+        yield Finding("missing-function", where, f"a function {demand.signature}", what, _AGAIN)
     elif demand.name == "alloc_embedding_tensor" and _larger(found, demand.signature):
         return
     elif not found.meets(demand.signature):
         same = len(found.arguments) == len(demand.signature.arguments)
         code = "wrong-signature" if same else "wrong-arity"
-        yield Finding(code, where, str(demand.signature), str(found), _AGAIN, demand.severity)
+        yield Finding(code, where, str(demand.signature), str(found), _AGAIN)
 
 
 def _larger(found: Signature, expected: Signature) -> bool:
@@ -242,7 +242,7 @@ def _symbols(library: Library) -> Iterator[Finding]:
         )
     if not library.archive:
         return
-    expected = re.sub(r"\W", "_", library.name.removesuffix(".tar")) + "_"
+    expected = system_lib_prefix(Path(library.name))
     if library.prefix != expected:
         where = f"{library.name}: system-lib prefix"
         fix = "name the file as when it was compiled, or compile again"

@@ -15,6 +15,8 @@ from conftest import Run
 from helpers_models import write_model
 
 from awq_compile import verification
+from awq_compile.contract import check
+from awq_compile.contract.check import require_contract
 from awq_compile.manifest import open_dist
 from awq_compile.verification import Verification, round_up
 
@@ -155,6 +157,17 @@ def test_a_library_that_is_wrong_is_not_packaged(run: Run, model: Path, monkeypa
     monkeypatch.setattr(verification, "verify_library", lambda *a: bad)
     code, _, err = run(model, *RTN)
     assert code == 1 and "differ from torch's by 0.5" in err
+    assert not Path("dist").exists()
+
+
+def test_a_library_that_breaks_the_contract_is_not_packaged(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the MLC runtime could not load stops the job, and nothing appears."""
+    monkeypatch.setattr(check, "require_contract", require_contract)
+    code, _, err = run(model, *RTN)
+    assert code == 1 and "MLC's runtime would not take what was compiled" in err
+    assert "tiny-w4g128-cpu.so" in err and "not an object file" in err
     assert not Path("dist").exists()
 
 

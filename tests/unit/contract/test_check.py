@@ -275,7 +275,7 @@ FAULTS: dict[str, tuple[Fault, str, tuple[str, ...]]] = {
     "another file name": (
         moved(ANDROID, "lib/phone.tar"),
         "prefix",
-        ("phone.tar", "'phone_'", "'tiny_w4g32_android_'"),
+        ("phone.tar", "'model_phone_'", "'tiny_w4g32_android_'"),
     ),
     "two libraries with one prefix": (twice, "prefix", ("another prefix than 'tiny_w4g32_android_'", "the same")),
     "no library": (lambda dist: (dist / CPU).unlink(), "missing-library", (CPU,)),
@@ -304,14 +304,14 @@ def test_a_fault_is_named(name: str, dist: Path) -> None:
 def test_the_command_tells_people_and_programs(dist: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-contract", str(dist)]) == 0
     assert "keeps the contract" in capsys.readouterr().out
-    in_code(of_function("embed", name="embex"))(dist)
+    in_code(of_function("prefill", num_arguments=2))(dist)
     assert main(["check-contract", str(dist)]) == 1
     told = capsys.readouterr().out
-    assert "breaks the contract in 1 place" in told and "embed" in told
+    assert "breaks the contract in 1 place" in told and "prefill" in told
     assert main(["check-contract", str(dist), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     (error,) = (f for f in result["findings"] if f["severity"] == "error")
-    assert not result["passed"] and error["where"] == "tiny-w4g32-cpu.so: embed"
+    assert not result["passed"] and error["where"] == "tiny-w4g32-cpu.so: prefill"
 
 
 def test_what_is_no_dist_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

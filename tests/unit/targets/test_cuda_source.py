@@ -16,7 +16,6 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @needs_nvcc
 def test_each_architecture_in_a_fatbin_carries_the_digest() -> None:
-    pytest.importorskip("lief")
     source = with_digest(SOURCE)
     code = nvcc(source, ("sm_80", "sm_90"))
     assert len(digests(code, "fatbin")) == 2
@@ -30,7 +29,6 @@ def test_each_architecture_in_a_fatbin_carries_the_digest() -> None:
 
 @needs_nvcc
 def test_machine_code_without_a_digest_is_refused() -> None:
-    pytest.importorskip("lief")
     with pytest.raises(ArtifactError, match="is missing"):
         check_source(with_digest(SOURCE), nvcc(SOURCE, ("sm_80",)), "fatbin")
 

@@ -21,8 +21,6 @@ from awq_compile.targets.vulkan.blob import BlobModule, find_blob, write_blob
 from awq_compile.verify.device_code import device_modules, library_code
 from awq_compile.verify.launch_table import kernels_of
 
-pytest.importorskip("lief")
-
 LIBRARIES = {
     "elf.so": ("x86_64-linux-gnu", "opencl", None),
     "elf.tar": ("aarch64-linux-android", "opencl", "prefix_"),
