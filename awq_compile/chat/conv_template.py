@@ -15,6 +15,7 @@ from awq_compile.errors import AwqCompileError, UsageError
 
 Message = tuple[str, str]  # (role, content); role is system, user or assistant
 
+PLAIN: Final = "plain"  # the template in which a prompt reaches the model as it is
 SYSTEM: Final = "{system_message}"
 _FUNCTION: Final = "{function_string}"
 _ROLES: Final = ("user", "assistant", "tool")

@@ -193,11 +193,8 @@ class _Derivation:
         one, three, system = (_pieces(self.expected(messages), messages) for messages in self.marked)
         if one is None or three is None:
             raise self._unusable()
-        first, *between, last = three
-        if between != [between[0], between[1]] * 2 or one != [first, last]:
-            raise self._refuse(f"turns differ: {between}, and the first {one}")
-        parts = _Parts(first, between[0], between[1], last, None, None)
-        if system is None or system[-1] != last:
+        parts = _Parts(three[0], three[1], three[2], three[-1], None, None)  # later turns are the probes' to compare
+        if system is None or system[-1] != parts.last:
             return parts
         return replace(parts, before_system=system[0], after_system=system[1])
 

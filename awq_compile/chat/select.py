@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from awq_compile.chat.conv_template import ConvTemplate
+from awq_compile.chat.conv_template import PLAIN, ConvTemplate
 from awq_compile.chat.derive import Derived, Vocabulary, derive
 from awq_compile.chat.render import read_jinja_template, special_tokens
 from awq_compile.errors import ModelError, UsageError
 from awq_compile.models.config import JsonFile, ModelConfig, token_ids
-
-PLAIN: Final = "plain"
 
 
 def select_template(folder: Path, config: ModelConfig, asked: str | None = None) -> Derived:

@@ -52,7 +52,7 @@ def chat(
             min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.", show_default="the model's"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     target: Annotated[
         str | None, typer.Option("--target", "-t", help="Which library of DIST.", show_default="the first")
     ] = None,
@@ -114,13 +114,20 @@ def _converse(conversation: Chat, sampling: Sampling, dist: Dist, output: Output
     """Turns at the terminal. An error of one turn, such as a full context, does not end the conversation."""
     import readline  # noqa: F401 (gives `input` its line editing)
 
+    from awq_compile.chat.conv_template import PLAIN
+
     output.step(f"{dist.manifest.model} as {dist.manifest.scheme}, {shown(dist.path)}: {_HELP}")
+    if conversation.template.name == PLAIN:
+        output.step("its conversation template is plain: it goes on from what is typed")
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            output.step(f"error: not UTF-8 text: {error}")
+            continue
         if line == "/exit":
             return
         if line == "/reset":

@@ -45,7 +45,7 @@ def conv_template(dist: Dist) -> ConvTemplate:
 def default_sampling(dist: Dist) -> tuple[float, float]:
     """(temperature, top-p) of requests that name none, as MLC reads them from mlc-chat-config.json."""
     found = []
-    for key, most in (("temperature", 10.0), ("top_p", 1.0)):
+    for key, most in (("temperature", 100.0), ("top_p", 1.0)):
         value = dist.chat_config.get(key, 1.0)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most:
             raise ArtifactError(f"{dist.path / CHAT_CONFIG}: {key} is {value!r:.80}, expected 0 to {most}")
@@ -60,7 +60,7 @@ class Chat:
         self.template = conv_template(dist)
         self.engine = Engine(dist, target=target)
         self._tokenizer = Tokenizer(dist.path)
-        self._begin: list[Message] = [] if system is None else [("system", system)]
+        self._begin: list[Message] = [] if system is None else [("system", _checked(system))]
         self.last: Answer | None = None
         self.reset()
 
@@ -76,7 +76,7 @@ class Chat:
         `interrupted` is asked after each token. Raises `UsageError`, with nothing remembered, when the conversation
         does not fit the context window any more.
         """
-        asked = [*self.messages, ("user", message)]
+        asked = [*self.messages, ("user", _checked(message))]
         prompt = [
             *self.template.system_prefix_token_ids,
             *self._tokenizer.encode(self.template.prompt(asked), special=False),
@@ -122,6 +122,15 @@ class Chat:
         text = "".join(said)
         self.last = Answer(text, tuple(made), len(prompt), reused, "interrupted" if stopped else finish)
         self.messages = [*asked, ("assistant", text)]
+
+
+def _checked(text: str) -> str:
+    """The text, which bytes of the command line that are no characters make unusable."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the message is not Unicode text: {error}") from None
+    return text
 
 
 class StopStrings:

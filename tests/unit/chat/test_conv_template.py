@@ -38,6 +38,14 @@ def test_prompts() -> None:
         inst.prompt([("tool", "x")])
 
 
+def test_reasoning_goes_from_earlier_turns_alone() -> None:
+    """What stands behind the last user message is an answer that is gone on with."""
+    template = read(strip_reasoning_in_history=True)
+    said = [("user", "a"), ("assistant", "<think>x</think>\n\nb")]
+    assert template.prompt(said) == "U:a|A:<think>x</think>\n\nb|A:" == cpp_prompt(template.to_json(), said)
+    assert template.prompt([*said, ("user", "c")]) == "U:a|A:b|U:c|A:"
+
+
 def test_contents_are_never_templates() -> None:
     """A message that holds placeholders, of its own role too, arrives as it is."""
     template = read(role_templates={"user": "<{user_message}>"})

@@ -151,6 +151,7 @@ REFUSED = {
     "shouts": "{% for m in messages %}<{{ m.role }}> {{ m.content | upper }}\n{% endfor %}",
     "repeats": "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ m.content }}\n{% endfor %}",
     "squeezes": "{% for m in messages %}<{{ m.role }}> {{ m.content.split() | join(' ') }}\n{% endfor %}<assistant>",
+    "marks line ends": "{% for m in messages %}<{{ m.role }}>{{ m.content | replace(' \n', '¶') }}|{% endfor %}<ai>",
     "has no place for the user": "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",
     "refuses everything": "{{ raise_exception('only tools') }}",
     "is no Jinja": "{% for m in messages %}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,24 @@ def test_an_interrupted_call_is_not_gone_on_from(chat: Chat, monkeypatch: pytest
     assert say(chat, "Hi!") == first
 
 
+def test_a_sliding_window_takes_nothing_back(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache has let go of tokens: a conversation that goes on is gone on from, another one begins anew."""
+    say(chat, "Hi!")
+    held = list(chat.engine._held)
+    assert chat.engine.held_prefix([*held, 5]) == len(held) == chat.engine.held_prefix([*held[:-1], 5, 5]) + 1
+    monkeypatch.setattr(chat.engine, "metadata", replace(chat.engine.metadata, sliding_window_size=64))
+    assert chat.engine.held_prefix([*held, 5]) == len(held)
+    assert chat.engine.held_prefix([*held[:-1], 5, 5]) == 0
+
+
+def test_text_that_is_none(made: tuple[Any, Any, Path], chat: Chat) -> None:
+    """Half a surrogate pair, as undecodable bytes of a command line become."""
+    with pytest.raises(UsageError, match="not Unicode text"):
+        say(chat, "\udcff")
+    with pytest.raises(UsageError, match="not Unicode text"):
+        Chat(open_dist(made[2]), system="\udcff")
+
+
 def test_seeds(chat: Chat) -> None:
     """The same seed draws the same, and turns draw differently."""
     drawn = []
@@ -200,7 +219,7 @@ def test_damaged_configurations(made: tuple[Any, Any, Path]) -> None:
     dist = open_dist(made[2])
     for changed, message in (
         ({"conv_template": None}, "mlc-chat-config.json: conv_template: the conversation template is None"),
-        ({"temperature": "hot"}, "temperature is 'hot', expected 0 to 10.0"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected 0 to 100.0"),
         ({"top_p": 2}, "top_p is 2, expected 0 to 1.0"),
     ):
         own = open_dist(made[2])
