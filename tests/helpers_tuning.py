@@ -17,6 +17,7 @@ from typing import Any, Self
 from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import GemvSchedule
+from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.inputs import Inputs
 from awq_compile.tuning.measure import Measurement, Plan, Times, Work
@@ -55,6 +56,9 @@ class FakeDevice:
     fingerprint = Fingerprint("fake", "gpu", "driver 1", 1)
     copies = 3
 
+    def roof(self) -> Roof:
+        return Roof(1e9, 2e9, 0.0, 1, "made up")
+
     def prepare(self, inputs: Inputs) -> None:
         if log := os.environ.get("FAKE_DEVICE_LOG"):
             with Path(log).open("a") as file:
@@ -78,6 +82,9 @@ class FakeMeasurer:
 
     def fingerprint(self) -> Fingerprint:
         return self.device
+
+    def roof(self) -> Roof:
+        return FakeDevice().roof()
 
     def measure(self, work: Work, schedules: Sequence[Any], plan: Plan) -> Iterator[Measurement]:
         del work, plan

@@ -74,6 +74,11 @@ class Bar:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
+    @property
+    def live(self) -> bool:
+        """Whether it is drawn in place, so that many updates do no harm."""
+        return self._progress is not None
+
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn

@@ -30,12 +30,13 @@ from awq_compile.cli import (
     run,
     serve,
     targets,
+    tune,
     verify,
 )
 from awq_compile.errors import AwqCompileError, ExitCode, UsageError
 
-# Words of the design that this version does not have; a folder of that name is ./tune.
-PLANNED: Final = ("export", "sweep", "tune")
+# Words of the design that this version does not have; a folder of that name is ./sweep.
+PLANNED: Final = ("export", "sweep")
 
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 _EPILOG: Final = (
@@ -43,6 +44,7 @@ _EPILOG: Final = (
     "quantize (AWQ only), run (generate text), chat, serve (by MLC's engine), bench (tokens per second), "
     "eval (perplexity and KL divergence), verify (every kernel against the reference), "
     "check-contract (what the MLC runtime demands), inspect (what a directory holds), "
+    "tune (measured schedules for this machine's device), "
     "package (models into an app), deploy (a model onto an Android phone), "
     "targets, doctor (what works on this machine). "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 130 interrupted."
@@ -64,6 +66,7 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     verbs.command("verify")(verify.verify)
     verbs.command("check-contract")(check_contract.check_contract)
     verbs.command("inspect")(inspect.inspect)
+    verbs.command("tune")(tune.tune)
     verbs.command("package")(package.package)
     verbs.command("deploy")(deploy.deploy)
     verbs.command("targets")(targets.targets)
@@ -73,7 +76,7 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
 
 VERBS: Final = (
     *("quantize", "run", "chat", "serve", "bench", "eval", "verify", "check-contract", "inspect"),
-    *("package", "deploy", "targets", "doctor"),
+    *("tune", "package", "deploy", "targets", "doctor"),
 )
 
 

@@ -16,11 +16,14 @@ from awq_compile.errors import EnvironmentMissingError
 from awq_compile.runtime.lean_tvm import tvm
 from awq_compile.runtime.threads import use_threads
 from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.cpu import CpuTarget
+from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.candidate import KERNEL, build
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
 from awq_compile.tuning.measure import Work
+from awq_compile.tuning.peaks import cpu_roof, opencl_roof
 from awq_compile.tuning.timing import Device, Kernel, last_level_cache_bytes
 from awq_compile.verify.executors.base import DeviceCode, Size3
 from awq_compile.verify.executors.opencl import scalar_types, split_kernels
@@ -52,6 +55,10 @@ class CpuDevice:
         self._x: Any = None
         self._weights: list[list[Any]] = []
         self._rest: list[Any] = []
+
+    def roof(self) -> Roof:
+        """See `Device`."""
+        return _roof_of_this_cpu()
 
     def prepare(self, inputs: Inputs) -> None:
         """See `Device`."""
@@ -113,6 +120,12 @@ class OpenCLDevice:
         self.queue = cl.CommandQueue(self.context, properties=profiling)
         self.copies = 1
         self._arguments: OpenCLArguments | None = None
+
+    def roof(self) -> Roof:
+        """See `Device`. An OpenCL device that is this machine's CPU reaches what the CPU does, its runtime less."""
+        if self.fingerprint.kind == "cpu":
+            return _roof_of_this_cpu()
+        return opencl_roof(self.context, self.queue, self._cache, self.fingerprint.units)
 
     def prepare(self, inputs: Inputs) -> None:
         """See `Device`."""
@@ -232,6 +245,14 @@ class OpenCLKernel:
         for array, at in ((y, a.y), (x, a.inputs.x)):
             cl.enqueue_copy(self.executor.queue, array, a.arrays.buffer(at))
         return a.inputs.wrong(y, x)
+
+
+def _roof_of_this_cpu() -> Roof:
+    from awq_compile.targets import resolve_target
+
+    spec = resolve_target("cpu")
+    assert isinstance(spec, CpuTarget)
+    return cpu_roof(spec, use_threads(), last_level_cache_bytes())
 
 
 def _cpu_name() -> str:

@@ -19,6 +19,7 @@ from awq_compile import settings
 from awq_compile.errors import EnvironmentMissingError
 from awq_compile.problem import encode_problem
 from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate, encode_candidate
 from awq_compile.tuning.measure import Measurement, Plan, Status, Work
@@ -49,6 +50,11 @@ class LocalMeasurer:
         self._started()
         assert self._device is not None
         return self._device
+
+    def roof(self) -> Roof:
+        """See `Measurer`."""
+        answer = self._started().ask({"do": "roof"}, _START_SECONDS)
+        return Roof(**self._expect(answer, f"the peak rates of {self.spec.name}")["roof"])
 
     def measure(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> Iterator[Measurement]:
         """See `Measurer`."""
@@ -109,7 +115,7 @@ class LocalMeasurer:
 
     def _started(self) -> _Child:
         if self._child is None:
-            environment = driver_environment() if self.spec.has_device_code else settings.environment()
+            environment = driver_environment(lockstep=True) if self.spec.has_device_code else settings.environment()
             self._child = _Child(self.command, environment)
             answer = self._child.ask({"do": "open", "target": self.spec.name}, _START_SECONDS)
             self._device = Fingerprint(**self._expect(answer, f"the device of {self.spec.name}")["device"])

@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, Protocol, Self
 
 from awq_compile.errors import CompileError
 from awq_compile.problem import MatmulProblem, row_bucket
+from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate, decode_candidate, encode_candidate
 
@@ -150,6 +151,9 @@ class Measurer(Protocol):
 
     def fingerprint(self) -> Fingerprint:
         """The device, which is started if need be. Raises `EnvironmentMissingError` where there is none."""
+
+    def roof(self) -> Roof:
+        """What the device reaches at most: measured, or by its data sheet where it cannot be."""
 
     def measure(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> Iterator[Measurement]:
         """One measurement for each schedule, as they finish; never raises for what a candidate does."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
@@ -29,6 +30,9 @@ class Device(Protocol):
 
     fingerprint: Fingerprint
     copies: int  # of W, for the work that was prepared
+
+    def roof(self) -> Roof:
+        """What it reaches at most, measured now."""
 
     def prepare(self, inputs: Inputs) -> None:
         """Takes the arguments of the kernels that are loaded from now on."""

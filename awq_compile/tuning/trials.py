@@ -20,7 +20,7 @@ from awq_compile.tuning.measure import Measurement
 class TrialLog:
     """`found`: results by candidate, in order. `begun`: candidates without a result, of a run that was killed.
 
-    `outputs`: N at which the candidates are measured, None until `decide` is called.
+    `outputs`: N at which the candidates are measured, None until `decide` is called; `final`: what `finish` was given.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,6 +28,7 @@ class TrialLog:
         self.found: dict[Candidate, Measurement] = {}
         self.begun: dict[Candidate, None] = {}
         self.outputs: int | None = None
+        self.final: list[Measurement] = []
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
@@ -65,6 +66,11 @@ class TrialLog:
         self._took(measurement)
         self._write(measurement.to_json())
 
+    def finish(self, final: Sequence[Measurement]) -> None:
+        """After the finalists were measured in turns."""
+        self.final = list(final)
+        self._write({"final": [measurement.to_json() for measurement in final]})
+
     def _took(self, measurement: Measurement) -> None:
         self.begun.pop(measurement.schedule, None)
         self.found[measurement.schedule] = measurement
@@ -74,6 +80,8 @@ class TrialLog:
             data: dict[str, Any] = json.loads(line)
             if "outputs" in data:
                 self.outputs = int(data["outputs"])
+            elif "final" in data:
+                self.final = [Measurement.from_json(found) for found in data["final"]]
             elif "begin" in data:
                 self.begun[decode_candidate(data["begin"])] = None
             else:

@@ -92,8 +92,10 @@ def tune_work(
                 log.end(measurement)
                 search.take(measurement)
                 on_trial(search, measurement)
-    best = [m.schedule for m in search.best() if m.schedule != rule][:FINALISTS]
-    untuned, *finalists = measurer.compare(work, [rule, *best], options.final)
+        best = [m.schedule for m in search.best() if m.schedule != rule][:FINALISTS]
+        if [m.schedule for m in log.final] != [rule, *best]:
+            log.finish(measurer.compare(work, [rule, *best], options.final))
+        untuned, *finalists = log.final
     lost: dict[str, int] = {}
     for found in search.results.values():
         if found.status != "ok":

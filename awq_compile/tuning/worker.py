@@ -1,6 +1,7 @@
 """The child process in which candidates are built and run: one JSON request a line on stdin, one answer on stdout.
 
     {"do": "open", "target": "cpu"}                                      → {"device": {…}}
+    {"do": "roof"}                                                       → {"roof": {…}}
     {"do": "work", "problem": "{…}", "bucket": "gemv", "rows": 1, "seed": 0}  → {"ready": true}
     {"do": "measure", "schedule": {…}, "plan": {…}}                      → {"status": "ok", "cold": {…}, "warm": {…}}
     {"do": "compare", "schedules": [{…}, …], "plan": {…}}                → {"found": [{…}, …]}
@@ -94,6 +95,8 @@ def serve(open_device: Callable[[TargetSpec], Device]) -> None:
 
 
 def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
+    if request["do"] == "roof":
+        return {"roof": asdict(worker.device.roof())}
     if request["do"] == "work":
         work = Work(decode_problem(request["problem"]), request["bucket"], request["rows"])
         worker.prepare(work, request["seed"])

@@ -150,11 +150,15 @@ def scalar_types(kernel: str, source: str) -> list[str]:
     return [_TYPES[words[-2]] for words in scalars]
 
 
-def driver_environment() -> dict[str, str]:
-    """The environment in which the ICD loader finds the system's drivers and, where installed, Intel's from PyPI."""
+def driver_environment(*, lockstep: bool = False) -> dict[str, str]:
+    """The environment in which the ICD loader finds the system's drivers and, where installed, Intel's from PyPI.
+
+    Left to itself, which is what is timed, Intel's CPU runtime runs 16 threads of a block in lockstep, and that hides
+    a missing barrier.
+    """
     environment = settings.environment()
-    # Intel's CPU runtime runs 16 threads of a block in lockstep, which hides that a barrier is missing.
-    environment.setdefault("CL_CONFIG_CPU_VECTORIZER_MODE", "1")
+    if not lockstep:
+        environment.setdefault("CL_CONFIG_CPU_VECTORIZER_MODE", "1")
     given = environment.get("OCL_ICD_VENDORS")
     folders = [Path(given)] if given else [_VENDORS]
     drivers = {p.name: p.read_text(encoding="utf-8") for f in folders if f.is_dir() for p in sorted(f.glob("*.icd"))}
