@@ -23,6 +23,7 @@ from awq_compile.models.parameters import Parameter, model_parameters
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.link import init_once_object
 from awq_compile.tuning.database import ScheduleDatabase, known_records
 from awq_compile.tuning.templates import describe_schedule
 
@@ -270,6 +271,8 @@ def export_executable(executable: Any, target: TargetSpec, out: Path) -> None:
     def write(path: str, objects: list[str], **_: Any) -> None:
         files = sorted(Path(o) for o in objects)
         if target.library_suffix == ".tar":
+            if target.system_lib:
+                files.append(init_once_object(target.host, Path(path).parent))
             _write_tar(Path(path), files)
         else:
             target.link(Path(path), files)

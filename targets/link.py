@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Final
 
@@ -60,12 +61,22 @@ def link_shared(triple: str, output: Path, objects: list[Path]) -> None:
             extra = ["-undefined", "dynamic_lookup", f"-Wl,-install_name,@rpath/{output.name}"]
         elif target == "x86_64-windows-gnu":
             extra = support_files(Path(folder), objects, zig)
-        files = [str(path.resolve()) for path in objects]
-        arguments = ["-shared", "-nostdlib", "-g0", *extra, "-o", str(output.resolve()), *files]
+        inputs = [str(path.resolve()) for path in objects]
+        arguments = ["-shared", "-nostdlib", "-g0", *extra, "-o", str(output.resolve()), *inputs]
         if linker := settings.linker():
             _run([*linker, *arguments], output.name, Path(folder), "check AWQ_COMPILE_LINKER")
         else:
             zig(["cc", "-target", target, *arguments])
+
+
+def init_once_object(triple: str, folder: Path) -> Path:
+    """An object that an app's runtime may lack, see init_once.c; freestanding, so no SDK is needed."""
+    output = folder.resolve() / "init_once.o"
+    with as_file(files("awq_compile.targets") / "init_once.c") as source:
+        options = ["-c", "-O2", "-fPIC", "-ffreestanding", "-g0"]
+        arguments = ["-target", zig_target(triple), *options, "-o", str(output), str(source.resolve())]
+        _zig(["cc", *arguments], output.name, folder)
+    return output
 
 
 def _zig(command: list[str], what: str, folder: Path) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-# TVM-FFI's entry points in generated code: src/target/llvm/codegen_cpu.cc of TVM, c_api.h of TVM-FFI.
+# Entry points in generated code: src/target/llvm/codegen_cpu.cc of TVM. They are defined in TVM-FFI's function.cc,
+# error.cc and extra/, and in TVM's device_api.cc and thread_pool.cc, all of which are in mlc4j's runtime and in iOS's.
 RUNTIME: Final = frozenset(
     (
+        "TVMBackendAllocWorkspace",
+        "TVMBackendFreeWorkspace",
+        "TVMBackendParallelLaunch",
         "TVMFFIEnvModLookupFromImports",
         "TVMFFIEnvModRegisterSystemLibSymbol",
         "TVMFFIErrorSetRaisedFromCStrParts",

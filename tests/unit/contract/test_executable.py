@@ -68,7 +68,7 @@ def test_damage_is_an_error_and_nothing_else(built: Path, data: st.DataObject) -
 
 def test_objects_are_read_or_refused(built: Path, tmp_path: Path) -> None:
     """Symbols are those that a linker sees."""
-    host, device = read_objects(built / "lib/tiny-w4g32-android.tar")
+    host, device, _ = read_objects(built / "lib/tiny-w4g32-android.tar")
     assert device.prefix == "tiny_w4g32_android_" and device.blob is not None and host.blob is None
     assert "__tvm_ffi_tiny_w4g32_android_gather_probs" in host.defined
     assert {"TVMFFIFunctionCall", "TVMFFIHandleInitOnce"} <= host.undefined
