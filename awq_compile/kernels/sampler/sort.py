@@ -63,7 +63,8 @@ def _merges(tiles: int) -> list[int]:
 
 def _ordered(value: Expr) -> Expr:
     """An int32 for a float32: a < b of numbers and of these are the same, except that -0 is below 0."""
-    return _flipped(tirx.reinterpret("int32", value))
+    bits = Cell(tirx.reinterpret("int32", value), "int32")
+    return _flipped(bits.value)
 
 
 def _flipped(bits: Expr) -> Expr:
