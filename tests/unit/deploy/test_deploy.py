@@ -11,6 +11,7 @@ from helpers_phone import FILES, MALI, SERIAL, AdbServer, Phone, write_dist
 
 from awq_compile.cli.main import main
 from awq_compile.deploy.adb import Adb
+from awq_compile.errors import EnvironmentMissingError
 
 MODEL = f"{FILES}/tiny-w4g32-android-adreno"
 Deploy = Callable[..., tuple[int, str, str]]
@@ -214,11 +215,14 @@ def test_a_file_that_arrives_damaged(phone: Phone, dist: Path, deploy: Deploy) -
 
 
 def test_words_reach_the_phone_as_they_are(phone: Phone) -> None:
-    """Its shell sees quoted words: nothing in a name is run there."""
+    """Its shell sees quoted words: nothing in a name is run there; and after a failure it does not go on."""
     name = "/data/local/tmp/a b';$(touch pwned) & \\"
     Adb(SERIAL).change(["mkdir", name], ["touch", f"{name}/x"])
     assert [path.name for path in phone.path(name).iterdir()] == ["x"]
     assert not phone.path("/pwned").exists()
+    with pytest.raises(EnvironmentMissingError, match="No such file"):
+        Adb(SERIAL).change(["ls", "/data/absent"], ["touch", "/data/after"])
+    assert not phone.path("/data/after").exists()
 
 
 def test_the_apps_own_list_of_models(phone: Phone, dist: Path, deploy: Deploy) -> None:
