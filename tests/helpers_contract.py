@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from awq_compile.chat.conv_template import ConvTemplate
 from awq_compile.compiler import compile_library
 from awq_compile.contract.executable import KIND, DType, Executable, parse_executable
 from awq_compile.contract.objects import module_blob
+from awq_compile.deploy.package import package_files
 from awq_compile.formats import QuantizedMatrix, QuantScheme, QuantSpec
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig, read_config
@@ -63,7 +65,8 @@ def write_dist(out: Path, model: Path, targets: Sequence[str], scheme: str = "w4
     config, parsed = read_config(model), QuantScheme.parse(scheme)
     conversation = ConvTemplate({"user": "", "assistant": ""}, ("",), stop_token_ids=config.eos_token_ids)
     with DistWriter(out) as dist:
-        dist.write_parameters(model_parameters(config, parsed), RandomWeights(config, parsed))
+        usage: dict[str, dict[str, int]] = {}
+        size = dist.write_parameters(model_parameters(config, parsed), RandomWeights(config, parsed))
         tokenizer = dist.write_tokenizer(model)
         text = chat_config(config, parsed, OPTIONS, conversation, tokenizer_dir=model, tokenizer_files=tokenizer)
         dist.write_text("mlc-chat-config.json", text)
@@ -71,7 +74,9 @@ def write_dist(out: Path, model: Path, targets: Sequence[str], scheme: str = "w4
         for name in targets:
             target = resolve_target(name)
             library = dist.library_path("tiny", parsed, name, target.library_suffix, target.tvm_target)
-            compile_library(config, parsed, target, OPTIONS, library)
+            usage[name] = compile_library(config, parsed, target, OPTIONS, library).memory_usage
+        for file, of_app in package_files(dist.libraries, json.loads(text), size, usage).items():
+            dist.write_text(file, of_app)
         dist.manifest("tiny", parsed, {"method": "random", **asdict(OPTIONS)})
         dist.commit()
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +17,12 @@ from awq_compile.contract.directory import (
 )
 from awq_compile.contract.finding import Finding
 from awq_compile.contract.library import check_library, read_library
+from awq_compile.deploy.package import DEVICES, PACKAGE_CONFIG
 from awq_compile.errors import ArtifactError, CompileError
 from awq_compile.manifest import MANIFEST
 
+# Of the apps that a DIST has a library for; a second one lies in a folder.
+PACKAGE_CONFIGS: Final = (PACKAGE_CONFIG, *(f"{device}/{PACKAGE_CONFIG}" for device in DEVICES))
 _KINDS: Final = ("llvm", "cuda", "vulkan", "metal", "opencl")
 _AGAIN: Final = "compile again, or copy the whole directory"
 
@@ -62,6 +65,9 @@ def check_contract(folder: Path) -> list[Finding]:
             what = f"another prefix than {library.prefix!r} of {other}"
             findings.append(Finding("prefix", library.name, what, "the same", "compile one of them under another name"))
         prefixes[library.prefix] = library.name
+    for name in PACKAGE_CONFIGS:
+        if (folder / name).exists():
+            findings += _package(_object(folder, name, findings), folder, name, prefixes)
     return findings
 
 
@@ -75,6 +81,23 @@ def require_contract(folder: Path) -> None:
             f"MLC's runtime would not take what was compiled:\n{lines}{more}",
             hint="this is a bug in awq-compile: --dump DIR shows what each pass did",
         )
+
+
+def _package(data: Mapping[str, Any], folder: Path, name: str, prefixes: Mapping[str, str]) -> Iterator[Finding]:
+    """An app finds each library by its `model_lib`, which is its prefix without the last underscore."""
+    given = data.get("model_lib_path_for_prepare_libs")
+    listed = data.get("model_list")
+    named = (
+        {entry.get("model_lib") for entry in listed if isinstance(entry, dict)} if isinstance(listed, list) else set()
+    )
+    if not isinstance(given, dict) or not named <= set(given):
+        what = "an object with the path of every model_lib of model_list"
+        yield Finding("package", f"{name}: model_lib_path_for_prepare_libs", what, f"{given!r:.80}", _AGAIN)
+    for lib, path in given.items() if isinstance(given, dict) else ():
+        prefix = f"{lib.replace('-', '_')}_"
+        if prefixes.get(prefix) != str(path).rpartition("/")[2]:
+            what = f"the archive with the prefix {prefix!r}"
+            yield Finding("package", f"{name}: {lib:.80}", what, f"{path!r:.80}", _AGAIN)
 
 
 def _libraries(manifest: Mapping[str, Any]) -> dict[str, str]:

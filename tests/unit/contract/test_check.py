@@ -19,6 +19,7 @@ from awq_compile.errors import ArtifactError, CompileError
 
 CPU, ANDROID = "lib/tiny-w4g32-cpu.so", "lib/tiny-w4g32-android.tar"
 CONFIG, CACHE, MANIFEST = "mlc-chat-config.json", "tensor-cache.json", "manifest.json"
+PACKAGE = "mlc-package-config.json"
 Fault = Callable[[Path], None]
 
 
@@ -287,6 +288,11 @@ FAULTS: dict[str, tuple[Fault, str, tuple[str, ...]]] = {
         ("phone.tar", "'model_phone_'", "'tiny_w4g32_android_'"),
     ),
     "two libraries with one prefix": (twice, "prefix", ("another prefix than 'tiny_w4g32_android_'", "the same")),
+    "a library that the app does not find": (
+        in_json(PACKAGE, lambda data: data.update(model_lib_path_for_prepare_libs={"tiny_android": ANDROID})),
+        "package",
+        ("tiny_android", "the archive with the prefix 'tiny_android_'"),
+    ),
     "no library": (lambda dist: (dist / CPU).unlink(), "missing-library", (CPU,)),
     "a library that is none": (
         lambda dist: (dist / CPU).write_bytes(b"text") and None,
