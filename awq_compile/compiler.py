@@ -240,6 +240,7 @@ def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:
     config, options = context.config, context.options
     data = {
         "model_type": config.model_type,
+        "active_vocab_size": config.active_vocab_size,
         "quantization": context.scheme.mlc_name,
         **options.runtime_keys(),
         "tensor_parallel_shards": 1,

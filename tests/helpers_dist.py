@@ -30,6 +30,7 @@ def _metadata(config: ModelConfig, sizes: CompileOptions, params: list[dict[str,
         {
             "model_type": config.model_type,
             "quantization": ANY_SCHEME.name,
+            "active_vocab_size": config.active_vocab_size,
             "context_window_size": sizes.context_window_size,
             "prefill_chunk_size": sizes.prefill_chunk_size,
             "sliding_window_size": -1,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.chat.conv_template import ConvTemplate
-from awq_compile.chat.select import load_tokenizer
 from awq_compile.errors import ModelError
 from awq_compile.formats import QuantScheme
 from awq_compile.limits import CompileOptions
@@ -61,7 +60,7 @@ def chat_config(
             "quantization": scheme.mlc_name,
             "model_config": model_config,
             "vocab_size": config.vocab_size,
-            "active_vocab_size": min(load_tokenizer(tokenizer_dir).get_vocab_size(), config.vocab_size),
+            "active_vocab_size": config.active_vocab_size,
             **sizes,
             **generation_defaults(tokenizer_dir),
             "tokenizer_files": tokenizer_files,

@@ -11,7 +11,7 @@ from awq_compile.chat.conv_template import PLAIN, ConvTemplate
 from awq_compile.chat.derive import Derived, Vocabulary, derive
 from awq_compile.chat.render import read_jinja_template, special_tokens
 from awq_compile.errors import ModelError, UsageError
-from awq_compile.models.config import JsonFile, ModelConfig, token_ids
+from awq_compile.models.config import JsonFile, ModelConfig, load_tokenizer, token_ids
 
 
 def select_template(folder: Path, config: ModelConfig, asked: str | None = None) -> Derived:
@@ -41,17 +41,6 @@ def select_template(folder: Path, config: ModelConfig, asked: str | None = None)
     ids = _unique((*stops, *found.template.stop_token_ids))
     _check_ids(ids, config, f"{folder}: the stop tokens", ModelError)
     return replace(found, template=replace(found.template, stop_token_ids=ids))
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """tokenizer.json of a model directory."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelError(f"{path} cannot be read: {error}") from None
 
 
 def _end_tokens(folder: Path, config: ModelConfig, tokenizer: Any) -> tuple[int, ...]:

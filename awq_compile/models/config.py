@@ -74,7 +74,7 @@ class ModelConfig:
 
     H = hidden_size, F = intermediate_size, L = num_layers, V = vocab_size, D = head_dim; D need not be
     H / num_heads. The projections are q (num_heads*D, H), k and v (num_kv_heads*D, H), o (H, num_heads*D),
-    gate and up (F, H), down (H, F).
+    gate and up (F, H), down (H, F). Of the V rows the first `active_vocab_size` are tokens, the others padding.
     """
 
     architecture: Architecture
@@ -85,6 +85,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    active_vocab_size: int
     context_window_size: int
     rms_norm_eps: float
     rope_theta: float
@@ -153,8 +154,21 @@ def _context(file: JsonFile) -> int:
     return min(context, window)
 
 
-def read_config(model_dir: Path) -> ModelConfig:
+def load_tokenizer(folder: Path) -> Any:
+    """tokenizer.json of a model directory, as a `tokenizers.Tokenizer`."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelError(f"{path} cannot be read: {error}") from None
+
+
+def read_config(model_dir: Path, tokenizer_dir: Path | None = None) -> ModelConfig:
     """Reads and checks `config.json` (and `generation_config.json` for stop tokens) of a model directory.
+
+    `tokenizer_dir`, by default the same, has tokenizer.json; without one every row of the vocabulary is a token.
 
     Raises `ModelError` for anything missing, mistyped, contradictory or unsupported.
     """
@@ -188,6 +202,11 @@ def read_config(model_dir: Path) -> ModelConfig:
     generation = model_dir / "generation_config.json"
     eos = token_ids(JsonFile(generation), "eos_token_id") if generation.is_file() else ()
     bos = token_ids(file, "bos_token_id")
+    vocab = file.positive("vocab_size")
+    tokens = tokenizer_dir or model_dir
+    active = load_tokenizer(tokens).get_vocab_size() if (tokens / "tokenizer.json").is_file() else vocab
+    if active < 1:
+        raise ModelError(f"{tokens / 'tokenizer.json'} has no tokens")
 
     def flag(value: bool | str) -> bool:
         return file.get(value, bool, False) if isinstance(value, str) else value
@@ -200,7 +219,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        vocab_size=file.positive("vocab_size"),
+        vocab_size=vocab,
+        active_vocab_size=min(active, vocab),
         context_window_size=_context(file),
         rms_norm_eps=file.get("rms_norm_eps", float, 1e-6),
         rope_theta=theta,

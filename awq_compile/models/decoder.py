@@ -175,7 +175,7 @@ class Decoder(nn.Module):  # type: ignore[misc]
         return op.empty((self.sizes.prefill_chunk_size, self.config.hidden_size), self.dtype)
 
     def softmax_with_temperature(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        return softmax_with_temperature(logits, temperature)
+        return softmax_with_temperature(logits, temperature, self.config.active_vocab_size)
 
     def create_tir_paged_kv_cache(
         self,

@@ -6,6 +6,7 @@ PrimFunc of the library and no Relax function. Shapes: b sequences, V vocabulary
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,15 +22,30 @@ from awq_compile.kernels.elementwise import every
 _LOWEST: Final = -3.4028234663852886e38  # the smallest float32: a masked logit
 
 
-def softmax_with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+_SOFTMAX: Final = "softmax_with_temperature"
+
+
+def softmax_name(active: int, vocab_size: int) -> str:
+    """Name of the softmax's PrimFunc: it says how many of the rows are tokens, where not all are."""
+    return _SOFTMAX if active == vocab_size else f"{_SOFTMAX}_first_{active}_of"  # TVM may number the end
+
+
+def softmax_active(name: str, vocab_size: int) -> int | None:
+    """Rows that are tokens, from the name of a PrimFunc; None where it is another function's."""
+    match = re.match(rf"{_SOFTMAX}(?:_first_(\d+)_of)?", name)
+    return None if match is None else int(match[1] or vocab_size)
+
+
+def softmax_with_temperature(logits: Tensor, temperature: Tensor, active: int) -> Tensor:
     """(b, 1, V) logits, (b,) temperatures → probabilities. Temperature 0: 1/count on the maxima, else 0.
 
-    Greedy requests arrive as temperature 0 and are sampled from this distribution.
+    Greedy requests arrive as temperature 0 and are sampled from this distribution. Behind the first `active` logits
+    is padding of the vocabulary, which gets 0: MLC's engine stops at a token that its tokenizer does not have.
     """
 
     def compute(logits: te.Tensor, temperature: te.Tensor) -> te.Tensor:
         b, _, v = logits.shape
-        k = te.reduce_axis((0, v), name="k")
+        k = te.reduce_axis((0, active), name="k")
         top = te.compute((b,), lambda i: te.max(logits[i, 0, k], axis=k), name="top")
         zero = tirx.const(0, "float32")
 
@@ -39,12 +55,18 @@ def softmax_with_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
             divisor = tirx.Select(temperature[i] > zero, temperature[i], tirx.const(1, "float32"))
             return tirx.Select(temperature[i] > zero, tirx.exp(below / divisor), greedy)
 
-        weights = te.compute((b, v), weight, name="weights")
-        r = te.reduce_axis((0, v), name="r")
+        weights = te.compute((b, active), weight, name="weights")
+        r = te.reduce_axis((0, active), name="r")
         total = te.compute((b,), lambda i: te.sum(weights[i, r], axis=r), name="total")
-        return te.compute((b, 1, v), lambda i, _, j: weights[i, j] / total[i], name="probabilities")
 
-    return op.tensor_expr_op(compute, "softmax_with_temperature", [logits, temperature])
+        def probability(i: tirx.Var, _: tirx.Var, j: tirx.Var) -> tirx.Expr:
+            inside = weights[i, j] / total[i]
+            return inside if active == vocab_size else tirx.if_then_else(j < active, inside, zero)
+
+        return te.compute((b, 1, v), probability, name="probabilities")
+
+    vocab_size = int(logits.shape[-1])
+    return op.tensor_expr_op(compute, softmax_name(active, vocab_size), [logits, temperature])
 
 
 @dataclass(frozen=True)

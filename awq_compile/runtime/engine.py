@@ -36,6 +36,7 @@ class LibraryMetadata:
 
     model_type: str
     quantization: str
+    active_vocab_size: int  # logits behind so many are of no token
     context_window_size: int  # -1: without end, where a window slides
     prefill_chunk_size: int
     page_size: int
@@ -174,7 +175,12 @@ class Engine:
             )
         random = np.random.default_rng(seed)
         most = room if max_tokens is None else max_tokens
-        return self._generate(ids, most, lambda logits: sample(logits, temperature, top_p, random), stop_ids, go_on)
+        active = self.metadata.active_vocab_size
+
+        def choose(logits: F32) -> int:
+            return sample(logits[:active], temperature, top_p, random)
+
+        return self._generate(ids, most, choose, stop_ids, go_on)
 
     def held_prefix(self, prompt: Sequence[int] | npt.NDArray[Any]) -> int:
         """Tokens of `prompt` that `go_on` need not compute: it always computes the last, for its logits."""
@@ -337,6 +343,7 @@ def read_metadata(vm: Any, library: Path) -> LibraryMetadata:
         return LibraryMetadata(
             str(data["model_type"]),
             str(data["quantization"]),
+            int(data["active_vocab_size"]),
             int(data["context_window_size"]),
             int(data["prefill_chunk_size"]),
             int(data["kv_cache"]["page_size"]),

@@ -19,7 +19,7 @@ from awq_compile.verify.sidecar import CONFIG_FOLDER
 def compiled_from(dist: Dist) -> tuple[ModelConfig, QuantScheme, CompileOptions]:
     """What the libraries of a DIST were compiled from, as it says itself."""
     try:
-        config = read_config(dist.path / CONFIG_FOLDER)
+        config = read_config(dist.path / CONFIG_FOLDER, dist.path)
         return config, QuantScheme.parse(dist.manifest.scheme), CompileOptions.read(dist.manifest.options)
     except (ArtifactError, ModelError) as error:
         raise ArtifactError(

@@ -105,6 +105,7 @@ def roles_of(module: Any, config: ModelConfig) -> dict[str, Role]:
 def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
     from awq_compile.kernels.embedding import EMBEDDING_TAG
     from awq_compile.kernels.linear import TAG
+    from awq_compile.models.sampling import softmax_active
     from awq_compile.problem import decode_problem
 
     if TAG in function.attrs:
@@ -130,8 +131,8 @@ def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
         return Role("engine", "float64", _ENGINE[name])
     if name in _SAMPLER:
         return Role("sampler", "float64", _SAMPLER[name])
-    if name.startswith("softmax_with_temperature"):
-        return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7)))
+    if (active := softmax_active(name, config.vocab_size)) is not None:
+        return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7), active))
     return None
 
 

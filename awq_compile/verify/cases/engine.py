@@ -92,15 +92,16 @@ def move_rows(table: Table, rng: np.random.Generator) -> Iterator[Case]:
         yield Case(f"m={m} b={b}", [src, ints(indices), before], expected)
 
 
-def softmax(table: Table, rng: np.random.Generator, rows: Sequence[int]) -> Iterator[Case]:
-    """Probabilities at several temperatures; 0 gives 1/count on the largest logits."""
+def softmax(table: Table, rng: np.random.Generator, rows: Sequence[int], active: int) -> Iterator[Case]:
+    """Probabilities at several temperatures; 0 gives 1/count on the largest logits. Those behind `active` get 0."""
     vocab = int(table["params"][0]["shape"][-1])
     for b in rows:
         logits = (4 * rng.standard_normal((b, 1, vocab))).astype(np.float32)
         temperature = rng.uniform(0.3, 2.0, b).astype(np.float32)
         temperature[::3] = 0.0 if b > 1 else temperature[0]
-        logits[:, :, [1, vocab - 1]] = logits.max(axis=-1)[..., None]  # a tie, on the last element too
-        wide, t = logits[:, 0].astype(np.float64), temperature.astype(np.float64)[:, None]
+        logits[:, :, [1, active - 1]] = logits.max(axis=-1)[..., None]  # a tie, on the last token too
+        logits[:, :, active:] += 100.0
+        wide, t = logits[:, 0, :active].astype(np.float64), temperature.astype(np.float64)[:, None]
         below = wide - wide.max(axis=-1, keepdims=True)
         exponent = below / np.where(t > 0, t, 1.0)
         weights = np.where(t > 0, np.exp(exponent), below >= 0)
@@ -108,6 +109,7 @@ def softmax(table: Table, rng: np.random.Generator, rows: Sequence[int]) -> Iter
         expected = weights / total
         relative = FUNCTION + 4 * _SINGLE * np.abs(exponent) * (t > 0)
         mean = (weights * relative).sum(axis=-1, keepdims=True) / total
-        bound = expected * (relative + mean) + summed(vocab, expected) + stored(expected, "float32")
-        values = Expected(expected[:, None], bound[:, None])
+        bound = expected * (relative + mean) + summed(active, expected) + stored(expected, "float32")
+        padded = [np.pad(x, ((0, 0), (0, vocab - active)))[:, None] for x in (expected, bound)]
+        values = Expected(padded[0], padded[1])
         yield Case(f"b={b}", [logits, temperature, poisoned(logits.shape, "float32")], {2: values})

@@ -11,22 +11,27 @@ from helpers_build import build
 from tvm import relax
 from tvm.relax.frontend import nn
 
-from awq_compile.models.sampling import inplace_kernels, softmax_with_temperature
+from awq_compile.models.sampling import inplace_kernels, softmax_active, softmax_name, softmax_with_temperature
 
-V, H = 37, 12
+V, H, TOKENS = 37, 12, 30
 LOWEST = np.finfo(np.float32).min
 
 
 class _Softmax(nn.Module):  # type: ignore[misc]
     def softmax_with_temperature(self, logits: Any, temperature: Any) -> Any:
-        return softmax_with_temperature(logits, temperature)
+        return softmax_with_temperature(logits, temperature, V)
+
+    def of_padded(self, logits: Any, temperature: Any) -> Any:
+        return softmax_with_temperature(logits, temperature, TOKENS)
 
 
 @pytest.fixture(scope="module")
 def vm() -> Any:
     arguments = {"logits": nn.spec.Tensor(["b", 1, V], "float32"), "temperature": nn.spec.Tensor(["b"], "float32")}
-    module, _ = _Softmax().export_tvm({"softmax_with_temperature": {**arguments, "$": {"param_mode": "none"}}})
-    module["softmax_with_temperature"] = module["softmax_with_temperature"].without_attr("num_input")
+    names = ("softmax_with_temperature", "of_padded")
+    module, _ = _Softmax().export_tvm({name: {**arguments, "$": {"param_mode": "none"}} for name in names})
+    for name in names:
+        module[name] = module[name].without_attr("num_input")
     for name, kernel in inplace_kernels(V, H, "float32").items():
         module[name] = kernel
     return relax.VirtualMachine(build(module), tvm.cpu())
@@ -58,6 +63,31 @@ def test_softmax_with_temperature(vm: Any) -> None:
     np.testing.assert_array_equal(np.flatnonzero(got[1, 0]), [5, 9])
     np.testing.assert_array_equal(got[1, 0, [5, 9]], 0.5)
     np.testing.assert_array_equal(got[3, 0], np.eye(V)[logits[3, 0].argmax()])
+
+
+def test_padding_of_the_vocabulary_is_never_sampled(vm: Any) -> None:
+    """Rows behind the tokenizer's last get 0, however large their logits: MLC's engine stops at such a token."""
+    logits = np.random.default_rng(0).normal(size=(3, 1, V)).astype(np.float32)
+    temperature = np.array([1.0, 0.0, 2.0], np.float32)
+    small = vm["softmax_with_temperature"](tvm.runtime.tensor(_cut(logits)), tvm.runtime.tensor(temperature)).numpy()
+    logits[:, :, TOKENS:] = 1e4
+    got = vm["of_padded"](tvm.runtime.tensor(logits), tvm.runtime.tensor(temperature)).numpy()
+    np.testing.assert_allclose(got, small, atol=1e-7)
+    np.testing.assert_array_equal(got[:, :, TOKENS:], 0.0)
+
+
+def test_the_name_of_a_softmax_says_what_is_padding() -> None:
+    """Verification takes the size from there; TVM may append a number."""
+    for name in (softmax_name(TOKENS, V), softmax_name(TOKENS, V) + "1"):
+        assert softmax_active(name, V) == TOKENS
+    assert softmax_active(softmax_name(V, V) + "1", V) == V
+    assert softmax_active("apply_penalty_inplace", V) is None
+
+
+def _cut(logits: np.ndarray) -> np.ndarray:
+    cut = logits.copy()
+    cut[:, :, TOKENS:] = -1e9
+    return cut
 
 
 def test_logit_bias(vm: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_models import write_model
 from helpers_quant import edit_json, make_model
 from safetensors.torch import load_file, save_file
 
@@ -223,3 +224,17 @@ def test_the_fingerprint_follows_the_contents(model: Path) -> None:
     assert before == open_weights(model).fingerprint()
     edit_state(model, lambda state: state[UP].__setitem__((0, 0), 0.5))
     assert open_weights(model).fingerprint() != before
+
+
+def test_padding_of_the_vocabulary(tmp_path: Path) -> None:
+    """The tokenizer says how many rows are tokens; without one all are, and it may lie elsewhere."""
+    config = read_config(write_model(tmp_path / "padded", vocab_size=4352))
+    assert (config.vocab_size, config.active_vocab_size) == (4352, 4096)
+    assert read_config(write_model(tmp_path / "cut", vocab_size=4000)).active_vocab_size == 4000
+    (tmp_path / "cut" / "tokenizer.json").unlink()
+    (tmp_path / "padded" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    assert read_config(tmp_path / "padded").active_vocab_size == 4352
+    assert read_config(tmp_path / "padded", tmp_path).active_vocab_size == 4096
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        read_config(tmp_path / "padded", tmp_path)

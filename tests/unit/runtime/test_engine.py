@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def test_greedy_text_is_that_of_transformers(made: tuple[Any, Path], engine: Eng
     prompt = [3, 14, 15, 9, 2, 6] * 4
     expected = made[0].generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)
     assert list(engine.generate(prompt, max_tokens=40)) == expected[0, len(prompt) :].tolist()
+
+
+def test_padding_of_the_vocabulary_is_not_chosen(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the LM head behind the tokenizer's last token."""
+    assert max(engine.generate([3, 14, 15], max_tokens=20)) >= 7
+    monkeypatch.setattr(engine, "metadata", replace(engine.metadata, active_vocab_size=7))
+    for temperature in (0.0, 2.0):
+        assert max(engine.generate([3, 5, 6], max_tokens=20, temperature=temperature)) < 7
 
 
 def test_stop_tokens_end_a_generation(engine: Engine) -> None:
