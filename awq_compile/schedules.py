@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from awq_compile.errors import CompileError
+from awq_compile.formats import QuantSpec, WeightSpec
 
 LANES: Final = (1, 2, 4, 8, 16)
 UNITS: Final = (8, 16, 32)
@@ -100,6 +101,37 @@ class SimtGemvSchedule:
         """Shared memory of the reduction."""
         by_shuffles = self.k_threads == 1 or (self.subgroup and self.subgroup % self.k_threads == 0)
         return 0 if by_shuffles else self.threads * self.rows * self.batch * 4
+
+
+@dataclass(frozen=True)
+class MatrixGemvSchedule:
+    """For `kernels.mma_gemv`, any number of rows: a block takes `tiles` times 16 rows of W, `columns` times 8 of x.
+
+    Its `warps` share the groups along K.
+    """
+
+    warps: int
+    tiles: int = 1
+    columns: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.warps <= 32 or self.tiles not in (1, 2, 4) or self.columns not in (1, 2, 4, 8):
+            raise CompileError(f"illegal {self}: 1 to 32 warps, tiles one of (1, 2, 4), columns of (1, 2, 4, 8)")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the warps' sums."""
+        return self.threads * self.tiles * self.columns * 16
+
+    @staticmethod
+    def takes(spec: WeightSpec) -> bool:
+        """Whether the template reads a format: 4 bits, groups of 128, rows of W that lie together."""
+        return isinstance(spec, QuantSpec) and (spec.bits, spec.group, spec.order) == (4, 128, "NK")
 
 
 @dataclass(frozen=True)
@@ -222,8 +254,8 @@ class MatrixGemmSchedule:
         return 2 * (self.block_m + self.block_n) * self.row + sums
 
 
-FewRows = GemvSchedule | SimtGemvSchedule | ColumnGemvSchedule
-ManyRows = GemmSchedule | SimtGemmSchedule | MatrixGemmSchedule
+FewRows = GemvSchedule | SimtGemvSchedule | MatrixGemvSchedule | ColumnGemvSchedule
+ManyRows = GemmSchedule | SimtGemmSchedule | MatrixGemmSchedule | MatrixGemvSchedule
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
-from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
+from awq_compile.problem import MatmulProblem
+from awq_compile.schedules import ColumnGemvSchedule, LinearSchedule, MatrixGemmSchedule, MatrixGemvSchedule
 from awq_compile.targets.cuda_ptx import MARK, device_functions
 from awq_compile.targets.cuda_source import with_digest
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
@@ -53,6 +54,17 @@ def _templates(arch: str) -> GpuTemplates:
     return GpuTemplates(32, 4, 2, 32, 4, gemm, ColumnGemvSchedule(32, 8, 1, unit=8), magic=True)
 
 
+def _matrix_gemv(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """As many warps, 4 to 16 a block, as the device holds at once: 32 on each of an H100's 132 multiprocessors.
+
+    Measured on an H100 and an H200, `docs/performance.md`.
+    """
+    rows, resident = 16 // (2 if problem.epilogue.activation == "silu_mul" else 1), 32 * 132
+    tiles = next((tiles for tiles in (1, 2) if -(-problem.n // (rows * tiles)) * 4 <= resident), 4)
+    blocks, groups = -(-problem.n // (rows * tiles)), problem.k // 128
+    return MatrixGemvSchedule(min(groups, next((n for n in (16, 8) if blocks * n <= resident), 4)), tiles)
+
+
 def _mma_k(arch: str) -> int:
     return 8 if arch == "sm_75" else 16
 
@@ -62,6 +74,15 @@ class CudaTarget(GpuTarget):
     """`archs`: the compute capabilities that the library has code for."""
 
     archs: tuple[str, ...] = ()
+
+    def rule(self, problem: MatmulProblem) -> LinearSchedule:
+        """W decoded in registers for tensor cores, where the format and the oldest architecture allow it."""
+        chosen = super().rule(problem)
+        if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
+            return chosen
+        few = _matrix_gemv(problem)
+        many = MatrixGemvSchedule(min(2, problem.k // 128), tiles=4, columns=4)
+        return replace(chosen, gemv=few, small=few, gemm=many)
 
     @contextmanager
     def building(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from awq_compile.formats import QuantSpec
 from awq_compile.kernels.column_gemv import emit_column_gemv
 from awq_compile.kernels.linear import LinearArgs, linear_function
 from awq_compile.kernels.mma_gemm import emit_mma_gemm
+from awq_compile.kernels.mma_gemv import emit_mma_gemv
 from awq_compile.kernels.simd_gemm import emit_gemm
 from awq_compile.kernels.simd_gemv import emit_gemv
 from awq_compile.kernels.simdgroup_gemm import emit_simdgroup_gemm
@@ -25,6 +26,7 @@ from awq_compile.schedules import (
     LinearSchedule,
     ManyRows,
     MatrixGemmSchedule,
+    MatrixGemvSchedule,
     SimtGemvSchedule,
 )
 
@@ -57,7 +59,7 @@ def bucket_linear(problem: MatmulProblem, bucket: str, schedule: FewRows | ManyR
 def check_order(problem: MatmulProblem, *schedules: FewRows | ManyRows) -> None:
     """Raises `CompileError` for a template that does not read the order in which the weights lie."""
     kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
-    nk_only = (GemvSchedule, GemmSchedule, SimtGemvSchedule)
+    nk_only = (GemvSchedule, GemmSchedule, SimtGemvSchedule, MatrixGemvSchedule)
     for chosen in schedules:
         if isinstance(chosen, nk_only) if kn else isinstance(chosen, ColumnGemvSchedule):
             raise CompileError(f"{problem.name}: {type(chosen).__name__} does not read {'KN' if kn else 'NK'} weights")
@@ -66,6 +68,8 @@ def check_order(problem: MatmulProblem, *schedules: FewRows | ManyRows) -> None:
 def _few_rows(args: LinearArgs, schedule: FewRows, max_rows: int) -> None:
     if isinstance(schedule, GemvSchedule):
         emit_gemv(args, schedule, max_rows)
+    elif isinstance(schedule, MatrixGemvSchedule):
+        emit_mma_gemv(args, schedule, max_rows)
     elif isinstance(schedule, ColumnGemvSchedule):
         emit_column_gemv(args, schedule, max_rows)
     else:
@@ -75,6 +79,8 @@ def _few_rows(args: LinearArgs, schedule: FewRows, max_rows: int) -> None:
 def _many_rows(args: LinearArgs, schedule: ManyRows) -> None:
     if isinstance(schedule, GemmSchedule):
         emit_gemm(args, schedule)
+    elif isinstance(schedule, MatrixGemvSchedule):
+        emit_mma_gemv(args, schedule, None)
     elif isinstance(schedule, MatrixGemmSchedule):
         emit = emit_simdgroup_gemm if schedule.instruction == "simdgroup8x8" else emit_mma_gemm
         emit(args, schedule)

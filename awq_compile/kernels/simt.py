@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,16 @@ Buffer = Any
 def barrier() -> None:
     """All threads of the block have written what the others read next."""
     T.evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", "shared"))
+
+
+@contextmanager
+def branch(condition: Expr, *, always: bool) -> Iterator[None]:
+    """What follows only where `condition` holds; no branch where that is `always` so."""
+    with ExitStack() as stack:
+        if not always:
+            stack.enter_context(T.If(condition))
+            stack.enter_context(T.Then())
+        yield
 
 
 def lanes_of(value: Expr, lanes: int) -> list[Expr]:

@@ -20,6 +20,7 @@ from awq_compile.schedules import (
     GemmSchedule,
     GemvSchedule,
     MatrixGemmSchedule,
+    MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
 )
@@ -69,6 +70,8 @@ def estimate(problem: MatmulProblem, rows: int, spec: TargetSpec, schedule: Sche
     assert isinstance(spec, GpuTarget)
     if isinstance(schedule, SimtGemvSchedule | ColumnGemvSchedule):
         return _gpu_gemv(problem, rows, schedule, roof)
+    if isinstance(schedule, MatrixGemvSchedule):
+        return _matrix_gemv(problem, rows, schedule, roof)
     assert isinstance(schedule, SimtGemmSchedule | MatrixGemmSchedule)
     return _gpu_gemm(problem, rows, schedule, roof)
 
@@ -156,6 +159,19 @@ def _gpu_gemv(p: MatmulProblem, rows: int, s: SimtGemvSchedule | ColumnGemvSched
     sums = blocks * s.threads * per_thread * s.batch * math.log2(max(along_k, 2)) * (2 if s.shared_bytes else 1)
     compute = (weights * per_weight * idle + sums) / (roof.flops_per_second / 2 * min(1.0, 4 * occupancy))
     return max(memory, compute) / waves + (_BARRIER_SECONDS * math.log2(max(along_k, 2)) if s.shared_bytes else 0)
+
+
+def _matrix_gemv(p: MatmulProblem, rows: int, s: MatrixGemvSchedule, roof: Roof) -> float:
+    outputs = (8 if p.epilogue.activation == "silu_mul" else 16) * s.tiles
+    across = math.ceil(rows / (8 * s.columns))
+    blocks = math.ceil(p.n / outputs) * across
+    occupancy, waves = _parallel(blocks, s.threads, registers_of(p, s) + _ADDRESSES, s.shared_bytes, roof)
+    in_flight = min(1.0, blocks * s.warps / (32 * roof.units)) * min(1.0, 2 * occupancy)
+    memory = least_bytes(p, rows) / (roof.bytes_per_second * in_flight)
+    # Nine instructions decode a word of eight weights; loads and pairs of x are shared by the tiles.
+    per_weight = 1.2 + s.columns * (0.15 + 0.6 / s.tiles)
+    compute = p.weight_rows * p.k * across * per_weight / (roof.flops_per_second / 2 * min(1.0, 4 * occupancy))
+    return max(memory, compute) / waves + _BARRIER_SECONDS * s.warps * s.tiles * s.columns
 
 
 def _gpu_gemm(p: MatmulProblem, rows: int, s: SimtGemmSchedule | MatrixGemmSchedule, roof: Roof) -> float:

@@ -22,13 +22,14 @@ from awq_compile.schedules import (
     GemmSchedule,
     GemvSchedule,
     MatrixGemmSchedule,
+    MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
 )
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cpu import CpuTarget
 from awq_compile.targets.gpu import GpuTarget
-from awq_compile.tuning.templates import TEMPLATES, Schedule, template_of
+from awq_compile.tuning.templates import TEMPLATES, Schedule, fits_bucket, template_of
 
 _SMALL_BATCHES: Final = (1, 2, 4, 8)
 # A panel and the sums beside it stay in the second-level cache, 256 KiB or more on every CPU of the last ten years.
@@ -115,6 +116,8 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "batch": batches,
             "magic": magic,
         }
+    if isinstance(rule, MatrixGemvSchedule):
+        return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": (1, 2, 4) if bucket == "gemm" else (1,)}
     if isinstance(rule, MatrixGemmSchedule):
         return {
             "block_m": (16, 32, 64, 128),
@@ -140,7 +143,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
 
 def why_illegal(problem: MatmulProblem, bucket: str, spec: TargetSpec, schedule: Schedule) -> str | None:
     """The first limit that a schedule breaks, None where it is legal. Also asked of records from a database."""
-    if (bucket == "gemm") == isinstance(schedule, GemvSchedule | SimtGemvSchedule | ColumnGemvSchedule):
+    if not fits_bucket(template_of(schedule), bucket):
         return f"the template {template_of(schedule)} does not serve the bucket {bucket}"
     if isinstance(schedule, GemvSchedule | GemmSchedule):
         if not isinstance(spec, CpuTarget):
@@ -190,6 +193,8 @@ def _why_not_gpu(problem: MatmulProblem, bucket: str, spec: GpuTarget, s: Any) -
     kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
     if isinstance(s, SimtGemvSchedule if kn else ColumnGemvSchedule):
         return f"{template_of(s)} does not read weights in {'KN' if kn else 'NK'}"
+    if isinstance(s, MatrixGemvSchedule):
+        return _why_not_matrix_gemv(problem, bucket, spec, s)
     if (reason := _why_not_unit(problem, s)) is not None:
         return reason
     if bucket == "gemv" and s.batch != 1:
@@ -223,6 +228,19 @@ def _why_not_gpu(problem: MatmulProblem, bucket: str, spec: GpuTarget, s: Any) -
     )
 
 
+def _why_not_matrix_gemv(problem: MatmulProblem, bucket: str, spec: GpuTarget, s: MatrixGemvSchedule) -> str | None:
+    limits, name = spec.limits, spec.name
+    if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
+        return f"{name} has no tensor cores for {problem.spec.name}"
+    if bucket != "gemm" and s.columns > 1:
+        return f"{8 * s.columns} rows of x for at most 8"
+    if s.warps > problem.k // 128:
+        return f"{s.warps} warps for {problem.k // 128} groups"
+    return _over(s.threads, limits.max_threads, "threads in a block", name) or _over(
+        s.shared_bytes, limits.shared_bytes, "bytes of shared memory", name
+    )
+
+
 def _why_not_unit(problem: MatmulProblem, s: Any) -> str | None:
     """Units must be whole words and lie within a group; 3-bit codes come in blocks of 32."""
     if isinstance(problem.spec, Float16Spec):
@@ -239,6 +257,8 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
     pairs = 2 if problem.epilogue.activation == "silu_mul" else 1
     if isinstance(s, SimtGemvSchedule):  # sums, x, its totals and parts, the words of a row
         return s.rows * s.batch + s.unit * s.batch + 2 * s.batch + _words(problem, s.unit)
+    if isinstance(s, MatrixGemvSchedule):  # sums, words read and ahead, x of a group, one row's pairs
+        return s.tiles * (8 * s.columns + 16 + 8) + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)
     if isinstance(s, SimtGemmSchedule):

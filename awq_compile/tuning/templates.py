@@ -17,6 +17,7 @@ from awq_compile.schedules import (
     GemvSchedule,
     ManyRows,
     MatrixGemmSchedule,
+    MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
 )
@@ -28,6 +29,7 @@ TEMPLATES: Final[dict[str, type[Schedule]]] = {
     "simd_gemm": GemmSchedule,
     "simt_gemv": SimtGemvSchedule,
     "column_gemv": ColumnGemvSchedule,
+    "matrix_gemv": MatrixGemvSchedule,
     "simt_gemm": SimtGemmSchedule,
     "matrix_gemm": MatrixGemmSchedule,
 }
@@ -37,6 +39,7 @@ TEMPLATES: Final[dict[str, type[Schedule]]] = {
 VERSIONS: Final = dict.fromkeys(TEMPLATES, 1)
 
 FEW_ROWS: Final = ("simd_gemv", "simt_gemv", "column_gemv")  # of the buckets gemv and small
+ANY_ROWS: Final = ("matrix_gemv",)
 _NAMES: Final = {kind: name for name, kind in TEMPLATES.items()}
 _TYPES: Final[dict[Any, type]] = {"int": int, "str": str, "bool": bool}
 _MOST: Final = 1 << 16  # of any number in a schedule
@@ -49,7 +52,7 @@ def template_of(schedule: Schedule) -> str:
 
 def fits_bucket(template: str, bucket: str) -> bool:
     """Whether a template serves a bucket of rows."""
-    return (template in FEW_ROWS) == (bucket != "gemm")
+    return template in ANY_ROWS or (template in FEW_ROWS) == (bucket != "gemm")
 
 
 def encode_schedule(schedule: Schedule) -> dict[str, Any]:

@@ -7,7 +7,13 @@ from helpers_simt import check
 
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import LinearSchedule, MatrixGemmSchedule, SimtGemmSchedule, SimtGemvSchedule
+from awq_compile.schedules import (
+    LinearSchedule,
+    MatrixGemmSchedule,
+    MatrixGemvSchedule,
+    SimtGemmSchedule,
+    SimtGemvSchedule,
+)
 
 SPECS: list[WeightSpec] = [
     QuantSpec(4, 128),
@@ -60,3 +66,14 @@ def test_matrix_instructions(spec: WeightSpec, instruction: str) -> None:
     chosen = LinearSchedule(plain.gemv, plain.small, MatrixGemmSchedule(32, 64, 64, 2, 2, unit, instruction))
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
         check(MatmulProblem(72, 256, spec, epilogue, "float16"), kind, chosen, (9, 70))
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_decoded_in_registers(tiles: int, symmetric: bool) -> None:
+    """Three warps share four groups unevenly; tails in N; gates beside their ups."""
+    spec = QuantSpec(4, 128, symmetric)
+    few, many = MatrixGemvSchedule(3, tiles), MatrixGemvSchedule(tiles, tiles, 2 * tiles)
+    chosen = LinearSchedule(few, few, many)
+    for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
+        check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 8, 9, 37))

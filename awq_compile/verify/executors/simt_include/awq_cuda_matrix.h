@@ -37,6 +37,22 @@ static inline void awq_mma(int line, C* c, const A* a_registers, const B* b_regi
 #define awq_mma_m16n8k16_f16f32(c, a, b) awq_mma<16, half>(__LINE__, c, a, b)
 #define awq_mma_m16n8k8_f16f32(c, a, b) awq_mma<8, half>(__LINE__, c, a, b)
 
+// ---- decoding: (1024 + q) - (1024 + z) and (1024 + 16 q) / 16 - (64 + z) are exact in half precision ----
+static inline void awq_decode_u4(uint32_t* d, uint32_t word, uint32_t zero) {
+  for (unsigned i = 0; i < 4; ++i) {
+    half pair[2] = {(half)((int)(word >> 4 * i & 15) - (int)zero), (half)((int)(word >> (4 * i + 16) & 15) - (int)zero)};
+    memcpy(d + i, pair, 4);
+  }
+}
+static inline void awq_pairs_f16(uint32_t* d, const void* x) {
+  half values[8];
+  memcpy(values, x, 16);
+  for (unsigned i = 0; i < 4; ++i) {
+    half pair[2] = {values[i], values[i + 4]};
+    memcpy(d + i, pair, 4);
+  }
+}
+
 // ---- ldmatrix: matrix i of 8 x 8 halves has its rows at the addresses of lanes 8i to 8i+7 ----
 template <int Count, bool Transposed, class D>
 static inline void awq_ldmatrix(int line, D* registers, const void* row) {
