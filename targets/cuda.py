@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
+from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import ColumnGemvSchedule, LinearSchedule, MatrixGemmSchedule, MatrixGemvSchedule
 from awq_compile.targets.cuda_ptx import MARK, device_functions
@@ -81,7 +82,9 @@ class CudaTarget(GpuTarget):
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
         few = _matrix_gemv(problem)
-        many = MatrixGemvSchedule(min(2, problem.k // 128), tiles=4, columns=4)
+        # With zero points to keep, four tiles take more registers than there are.
+        tiles = 4 if isinstance(problem.spec, QuantSpec) and problem.spec.symmetric else 2
+        many = MatrixGemvSchedule(min(2, problem.k // 128), tiles, columns=4)
         return replace(chosen, gemv=few, small=few, gemm=many)
 
     @contextmanager
