@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Run
+from helpers_cli import Run
 from helpers_models import write_model
 
 from awq_compile import verification

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from helpers_cli import Run
 from helpers_models import write_model
 
 import awq_compile

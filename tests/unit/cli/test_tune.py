@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Run
+from helpers_cli import Run
 from helpers_tuning import FakeMeasurer
 
 import awq_compile
