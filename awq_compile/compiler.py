@@ -142,11 +142,13 @@ def compile_library(
     out: Path,
     *,
     dump: Path | None = None,
+    database: ScheduleDatabase | None = None,
 ) -> CompileReport:
     """Compiles a model for a target and writes the library (or archive of objects) to `out`.
 
     A library with device code gets its launch tables beside it, see `verify.sidecar`. `dump` receives the IR
-    after each pass. Raises `CompileError` when a check of the compiler fails.
+    after each pass. `database` is `known_records()` unless given. Raises `CompileError` when a check of the compiler
+    fails.
     """
     import tvm
     from tvm import relax
@@ -159,7 +161,8 @@ def compile_library(
     start = time.monotonic()
     target.check_scheme(scheme)
     parameters = tuple(model_parameters(config, scheme))
-    context = CompileContext(config, scheme, target, options, parameters, known_records())
+    records = known_records() if database is None else database
+    context = CompileContext(config, scheme, target, options, parameters, records)
     tvm_target = tvm.target.Target(target.tvm_target)
     recorder = LaunchRecorder()
     instruments = [recorder.instrument(), *([_dump_instrument(dump)] if dump is not None else [])]

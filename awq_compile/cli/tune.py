@@ -39,6 +39,14 @@ Seed = Annotated[int, typer.Option(help="Of the search and of the inputs.", rich
 Patience = Annotated[
     int, typer.Option(min=1, help="Candidates without a better one that end a search.", rich_help_panel=HOW)
 ]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="ours, or metaschedule: TVM's own search, measured beside the untuned schedule. The compiler cannot use "
+        "what it finds.",
+        rich_help_panel=HOW,
+    ),
+]
 Bucket = Annotated[
     list[str] | None,
     typer.Option(
@@ -82,6 +90,7 @@ def tune(
     seed: Seed = 0,
     patience: Patience = 24,
     bucket: Bucket = None,
+    strategy: Strategy = "ours",
     list_records: ListFlag = False,
     explain: Explain = False,
     merge: Merge = False,
@@ -115,6 +124,10 @@ def tune(
             from awq_compile.targets.roofs import nominal_roof
 
             records.explain(work.spec, work.shares(nominal_roof(work.spec.name)), output)
+        elif strategy == "metaschedule":
+            _metaschedule(work, trials, seconds_, seed, output)
+        elif strategy != "ours":
+            raise UsageError(f"unknown strategy {strategy!r}", hint="--strategy ours or --strategy metaschedule")
         else:
             _tune(work, trials, seconds_, seed, patience, output)
 
@@ -217,6 +230,37 @@ def _tune(kernels: _Kernels, trials: int, limit: float | None, seed: int, patien
             f"mean, in {shown(user_folder())}; compile again to use it"
         )
     output.result({"target": kernels.spec.name, "kernels": found})
+
+
+def _metaschedule(kernels: _Kernels, trials: int, limit: float | None, seed: int, output: Output) -> None:
+    """TVM's search on the same kernels, and its best beside the schedule that the compiler would take."""
+    import math
+
+    from awq_compile.tuning.database import known_records
+    from awq_compile.tuning.measure import FINAL, SEARCH
+    from awq_compile.tuning.metaschedule import metaschedule
+
+    spec, database, rows = kernels.spec, known_records(), []
+    with _measurer(spec, seed) as measurer:
+        output.say(f"measuring on {measurer.fingerprint().label}")
+        shares = kernels.shares(measurer.roof())
+        for share in shares:
+            work = share.work
+            seconds_each = math.inf if limit is None else limit / len(shares)
+            found = metaschedule(measurer, work, spec, SEARCH, trials=trials, seconds=seconds_each, seed=seed)
+            good = [m for m in found if m.status == "ok"]
+            words = f"{work.problem.name} {work.bucket}: {len(good)} of {len(found)} candidates right"
+            row: dict[str, Any] = {"kernel": work.problem.name, "bucket": work.bucket, "tried": len(found)}
+            if good:
+                rule = getattr(spec.rule(work.problem), work.bucket)
+                ours = database.choose(spec, work.problem, work.bucket, rule)
+                theirs = min(good, key=lambda m: m.seconds).schedule
+                one, other = measurer.compare(work, [ours.schedule, theirs], FINAL)
+                row |= {"ours": one.seconds, "source": ours.source, "metaschedule": other.seconds}
+                words += f", the best {time_words(other.seconds)}; ours ({ours.words}) {time_words(one.seconds)}"
+            output.say(words)
+            rows.append(row)
+    output.result({"target": spec.name, "kernels": rows})
 
 
 def _outcome_words(share: Share, outcome: Outcome) -> str:

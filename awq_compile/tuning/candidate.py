@@ -73,9 +73,9 @@ def _by_trace(work: Work, candidate: Trace) -> Any:
     import json
 
     import tvm
-    from tvm.s_tir.schedule import Schedule
-    from tvm.s_tir.schedule import Trace as TvmTrace
+    from tvm.s_tir import schedule as tir
 
-    schedule = Schedule(tvm.IRModule({"main": reference_linear(work.problem, work.rows)}))
-    TvmTrace.apply_json_to_schedule(json.loads(candidate.trace), schedule)
-    return schedule.mod["main"]
+    function = reference_linear(work.problem, work.rows).with_attr("global_symbol", "main")
+    schedule = tir.Schedule(tvm.IRModule({"main": function}))
+    tir.Trace.apply_json_to_schedule(json.loads(candidate.trace), schedule)
+    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)

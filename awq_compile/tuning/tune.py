@@ -16,6 +16,7 @@ from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.cost import ranked, roofline_seconds
 from awq_compile.tuning.database import ScheduleDatabase, preset_restriction, refit
+from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.measure import FINAL, SEARCH, Measurement, Measurer, Plan, Work
 from awq_compile.tuning.record import Record, tvm_version
 from awq_compile.tuning.search import Search
@@ -31,12 +32,16 @@ _PROXY_OUTPUTS: Final = 256
 
 @dataclass(frozen=True)
 class Options:
-    """`trials` of a kernel at most; `patience`: how many without a better one end a search; `seconds` likewise."""
+    """`trials` of a kernel at most; `patience`: how many without a better one end a search; `seconds` likewise.
+
+    `beside` are measured in turns with the finalists, and never chosen.
+    """
 
     trials: int = 64
     patience: int = 24
     seconds: float = math.inf
     seed: int = 0
+    beside: tuple[Candidate, ...] = ()
     search: Plan = SEARCH
     final: Plan = FINAL
 
@@ -49,6 +54,7 @@ class Outcome:
     record: Record
     untuned: Measurement
     finalists: Sequence[Measurement]
+    beside: Sequence[Measurement]  # of `Options.beside`
     measured: int  # in this run
     recalled: int  # of an earlier run
     lost: dict[str, int]
@@ -93,16 +99,17 @@ def tune_work(
                 search.take(measurement)
                 on_trial(search, measurement)
         best = [m.schedule for m in search.best() if m.schedule != rule][:FINALISTS]
-        if [m.schedule for m in log.final] != [rule, *best]:
-            log.finish(measurer.compare(work, [rule, *best], options.final))
-        untuned, *finalists = log.final
+        final = [rule, *best, *options.beside]
+        if [m.schedule for m in log.final] != final:
+            log.finish(measurer.compare(work, final, options.final))
+        untuned, finalists, beside = log.final[0], log.final[1 : len(best) + 1], log.final[len(best) + 1 :]
     lost: dict[str, int] = {}
     for found in search.results.values():
         if found.status != "ok":
             lost[found.status] = lost.get(found.status, 0) + 1
     record = make_record(work, spec, roof, untuned, finalists, len(search.results))
     spent = time.monotonic() - start
-    return Outcome(work, record, untuned, finalists, len(search.results) - recalled, recalled, lost, spent)
+    return Outcome(work, record, untuned, finalists, beside, len(search.results) - recalled, recalled, lost, spent)
 
 
 def first_schedules(space: Space, rule: Schedule, database: ScheduleDatabase) -> list[Schedule]:
