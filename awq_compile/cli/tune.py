@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from awq_compile.targets.base import TargetSpec
     from awq_compile.tuning.measure import Measurer
     from awq_compile.tuning.problems import Share
+    from awq_compile.tuning.rpc import Place
     from awq_compile.tuning.tune import Outcome
 
 LOOK = "Looking at what was measured"
 HOW = "How to search"
+WHERE = "Where to measure"
 
 Inputs = Annotated[
     list[str] | None,
@@ -54,6 +56,22 @@ Bucket = Annotated[
         rich_help_panel=HOW,
         show_default="all",
     ),
+]
+Tracker = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="On all devices of --device-key that a TVM RPC tracker has.",
+        rich_help_panel=WHERE,
+        show_default="this machine",
+    ),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="On the device of one TVM RPC server.", rich_help_panel=WHERE),
+]
+DeviceKey = Annotated[
+    str | None, typer.Option(metavar="KEY", help="Under which servers offer the device.", rich_help_panel=WHERE)
 ]
 ListFlag = Annotated[bool, typer.Option("--list", help="List all records.", rich_help_panel=LOOK)]
 Explain = Annotated[
@@ -91,6 +109,9 @@ def tune(
     patience: Patience = 24,
     bucket: Bucket = None,
     strategy: Strategy = "ours",
+    rpc_tracker: Tracker = None,
+    rpc_server: Server = None,
+    device_key: DeviceKey = None,
     list_records: ListFlag = False,
     explain: Explain = False,
     merge: Merge = False,
@@ -99,7 +120,7 @@ def tune(
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Find faster schedules for the kernels of a model by measuring them on this machine's device.
+    """Find faster schedules for the kernels of a model by measuring them on the device, here or elsewhere.
 
     Every candidate is checked against the float64 reference first, in a process that may crash or hang. What is found
     is kept in your cache folder, and the next compilation for the target uses it. A run that is stopped goes on when
@@ -124,12 +145,16 @@ def tune(
             from awq_compile.targets.roofs import nominal_roof
 
             records.explain(work.spec, work.shares(nominal_roof(work.spec.name)), output)
-        elif strategy == "metaschedule":
-            _metaschedule(work, trials, seconds_, seed, output)
+            return
+        from awq_compile.tuning.rpc import Place
+
+        place = Place.parse(rpc_tracker, rpc_server, device_key)
+        if strategy == "metaschedule":
+            _metaschedule(work, place, trials, seconds_, seed, output)
         elif strategy != "ours":
             raise UsageError(f"unknown strategy {strategy!r}", hint="--strategy ours or --strategy metaschedule")
         else:
-            _tune(work, trials, seconds_, seed, patience, output)
+            _tune(work, place, trials, seconds_, seed, patience, output)
 
 
 class _Kernels:
@@ -185,22 +210,23 @@ class _Kernels:
         return [share for share in found if share.work.bucket in self.buckets]
 
 
-def _measurer(spec: TargetSpec, seed: int) -> Measurer:
-    from awq_compile.tuning.local import LocalMeasurer
-
-    return LocalMeasurer(spec, seed=seed)
+def _measurer(spec: TargetSpec, seed: int, place: Place) -> Measurer:
+    return place.open(spec, seed)
 
 
-def _tune(kernels: _Kernels, trials: int, limit: float | None, seed: int, patience: int, output: Output) -> None:
+def _tune(
+    kernels: _Kernels, place: Place, trials: int, limit: float | None, seed: int, patience: int, output: Output
+) -> None:
     import math
 
     from awq_compile.tuning.database import user_folder
+    from awq_compile.tuning.rpc import Place
     from awq_compile.tuning.session import tune_works
     from awq_compile.tuning.tune import Options
 
     found: list[dict[str, Any]] = []
     options = Options(trials=trials, patience=patience, seed=seed)
-    with _measurer(kernels.spec, seed) as measurer:
+    with _measurer(kernels.spec, seed, place) as measurer:
         output.say(f"measuring on {measurer.fingerprint().label}")
         roof = measurer.roof()
         shares = kernels.shares(roof)
@@ -223,16 +249,23 @@ def _tune(kernels: _Kernels, trials: int, limit: float | None, seed: int, patien
                 done += 1
                 bar.update(done, len(shares), None, _outcome_words(share, outcome))
                 found.append(_outcome_json(share, outcome))
+        devices = getattr(measurer, "shares", {})
+        dropped = getattr(measurer, "dropped", [])
+    for where, count in sorted(devices.items()):
+        output.say(f"{count} measured on {where}")
+    for reason in dropped:
+        output.say(f"dropped: {reason}")
     if found:
         speedup = math.exp(sum(math.log(row["speedup"]) for row in found) / len(found))
         output.say(
             f"{len(found)} kernels for {kernels.spec.name}: {speedup:.2f} times the untuned speed in the geometric "
             f"mean, in {shown(user_folder())}; compile again to use it"
         )
-    output.result({"target": kernels.spec.name, "kernels": found})
+    result = {"target": kernels.spec.name, "kernels": found}
+    output.result(result | ({"devices": devices, "dropped": dropped} if place != Place() else {}))
 
 
-def _metaschedule(kernels: _Kernels, trials: int, limit: float | None, seed: int, output: Output) -> None:
+def _metaschedule(kernels: _Kernels, place: Place, trials: int, limit: float | None, seed: int, output: Output) -> None:
     """TVM's search on the same kernels, and its best beside the schedule that the compiler would take."""
     import math
 
@@ -241,7 +274,7 @@ def _metaschedule(kernels: _Kernels, trials: int, limit: float | None, seed: int
     from awq_compile.tuning.metaschedule import metaschedule
 
     spec, database, rows = kernels.spec, known_records(), []
-    with _measurer(spec, seed) as measurer:
+    with _measurer(spec, seed, place) as measurer:
         output.say(f"measuring on {measurer.fingerprint().label}")
         shares = kernels.shares(measurer.roof())
         for share in shares:

@@ -44,6 +44,7 @@ class LocalMeasurer:
         self._child: _Child | None = None
         self._work: Work | None = None
         self._device: Fingerprint | None = None
+        self.where = ""  # the device's address, where it has one
 
     def fingerprint(self) -> Fingerprint:
         """See `Measurer`."""
@@ -118,7 +119,8 @@ class LocalMeasurer:
             environment = driver_environment(lockstep=True) if self.spec.has_device_code else settings.environment()
             self._child = _Child(self.command, environment)
             answer = self._child.ask({"do": "open", "target": self.spec.name}, _START_SECONDS)
-            self._device = Fingerprint(**self._expect(answer, f"the device of {self.spec.name}")["device"])
+            opened = self._expect(answer, f"the device of {self.spec.name}")
+            self._device, self.where = Fingerprint(**opened["device"]), opened.get("where", "")
         return self._child
 
     def _expect(self, answer: dict[str, Any] | _Lost, what: str) -> dict[str, Any]:

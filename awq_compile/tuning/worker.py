@@ -85,6 +85,7 @@ def serve(open_device: Callable[[TargetSpec], Device]) -> None:
 
                 worker = Worker(open_device(resolve_target(request["target"])))
                 answer: dict[str, Any] = {"device": asdict(worker.device.fingerprint)}
+                answer["where"] = getattr(worker.device, "where", "")  # the address of one that is elsewhere
             else:
                 assert worker is not None
                 answer = _answer(worker, request)

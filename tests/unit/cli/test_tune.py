@@ -29,7 +29,7 @@ FEW = ("--target", "opencl", "--bucket", "gemv", "--trials", "6")
 def device(monkeypatch: pytest.MonkeyPatch) -> FakeMeasurer:
     """Fast where a thread takes many rows."""
     fake = FakeMeasurer(lambda schedule: 1e-4 / schedule.rows)
-    monkeypatch.setattr(tune, "_measurer", lambda spec, seed: fake)
+    monkeypatch.setattr(tune, "_measurer", lambda spec, seed, place: fake)
     return fake
 
 
