@@ -15,12 +15,14 @@ ACTIVATIONS: Final = ("none", "relu", "silu_mul")
 class Epilogue:
     """What happens to acc = x Wᵀ before it is stored, in this order: + bias, activation, + residual.
 
-    With `silu_mul`, W has 2N rows, gate over up, and y[:, n] = silu(acc[:, n]) * acc[:, n + N].
+    With `silu_mul`, W has 2N rows, gate over up, and y[:, n] = silu(acc[:, n]) * acc[:, n + N]. `wide` stores y in
+    float32, whatever the type of x: logits in float16 are often equal where they should not be.
     """
 
     bias: bool = False
     activation: str = "none"
     residual: bool = False
+    wide: bool = False
 
     def __post_init__(self) -> None:
         assert self.activation in ACTIVATIONS, self.activation
@@ -29,16 +31,17 @@ class Epilogue:
     @property
     def name(self) -> str:
         """For example `bias_silu_mul`; empty when nothing is fused."""
-        activation = () if self.activation == "none" else (self.activation,)
-        return "_".join((*(("bias",) if self.bias else ()), *activation, *(("residual",) if self.residual else ())))
+        parts = {"bias": self.bias, self.activation: self.activation != "none"}
+        parts |= {"residual": self.residual, "wide": self.wide}
+        return "_".join(part for part, there in parts.items() if there)
 
 
 @dataclass(frozen=True)
 class MatmulProblem:
     """y (M, N) = epilogue(x (M, K) @ Wᵀ), W in the packed form of `spec`. M is dynamic.
 
-    `n` counts the outputs: with `silu_mul` the weight has 2n rows. `dtype` is that of x, y and of the
-    arithmetic; sums are kept in float32.
+    `n` counts the outputs: with `silu_mul` the weight has 2n rows. `dtype` is that of x, of y unless it is wide, and of
+    the arithmetic; sums are kept in float32.
     """
 
     n: int
@@ -46,6 +49,11 @@ class MatmulProblem:
     spec: WeightSpec
     epilogue: Epilogue = Epilogue()
     dtype: str = "float32"
+
+    @property
+    def out_dtype(self) -> str:
+        """Type of y."""
+        return "float32" if self.epilogue.wide else self.dtype
 
     @property
     def weight_rows(self) -> int:

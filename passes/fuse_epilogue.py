@@ -4,8 +4,9 @@
     z = R.add(y, bias);  u = R.add(z, residual)           → call_tir(qmatmul…_bias_residual, (x, …, bias, residual))
     g, u = R.split(y, 2, axis=-1);  h = R.silu(g) * u     → call_tir(qmatmul…_silu_mul, (x, …))
     r = R.nn.relu(y)                                      → call_tir(qmatmul…_relu, (x, …))
+    w = R.astype(y, "float32")                            → call_tir(qmatmul…_wide, (x, …)), rounded once less
 
-The order is that of `Epilogue`: bias, activation, residual. A linear whose output is read more than once,
+The order is that of `Epilogue`: bias, activation, residual, wide. A linear whose output is read more than once,
 or whose bias is computed rather than stored, is left as it is.
 """
 
@@ -95,6 +96,8 @@ class _FunctionFuser:
             return self._activation(value.args[0], "relu")
         if op == "relax.multiply":
             return self._either(self._silu_mul, value.args)
+        if op == "relax.astype" and str(value.ty.dtype) == "float32":
+            return self._wide(value.args[0])
         return None
 
     @staticmethod
@@ -106,7 +109,7 @@ class _FunctionFuser:
 
     def _add(self, y: Expr, other: Expr) -> Expr | None:
         problem = self._linear(y)
-        if problem is None or problem.epilogue.residual or not isinstance(other.ty, relax.TensorType):
+        if problem is None or self._closed(problem.epilogue) or not isinstance(other.ty, relax.TensorType):
             return None
         if len(other.ty.shape) == 1 and problem.epilogue == Epilogue() and int(other.ty.shape[0]) == problem.n:
             stored = self._stored(other)
@@ -114,6 +117,11 @@ class _FunctionFuser:
         if structural_equal(other.ty, y.ty, map_free_vars=False):
             return self._extend(y, problem, lambda e: replace(e, residual=True), [other])
         return None
+
+    @staticmethod
+    def _closed(epilogue: Epilogue) -> bool:
+        """Nothing but `wide` comes behind a residual, and nothing at all behind that."""
+        return epilogue.residual or epilogue.wide
 
     def _stored(self, bias: Expr) -> Expr | None:
         """The float16 parameter that `bias` widens."""
@@ -126,9 +134,15 @@ class _FunctionFuser:
 
     def _activation(self, y: Expr, name: str) -> Expr | None:
         problem = self._linear(y)
-        if problem is None or problem.epilogue.residual or problem.epilogue.activation != "none":
+        if problem is None or self._closed(problem.epilogue) or problem.epilogue.activation != "none":
             return None
         return self._extend(y, problem, lambda e: replace(e, activation=name), [])
+
+    def _wide(self, y: Expr) -> Expr | None:
+        problem = self._linear(y)
+        if problem is None or problem.out_dtype == "float32":
+            return None
+        return self._extend(y, problem, lambda e: replace(e, wide=True), [])
 
     def _silu_mul(self, left: Expr, right: Expr) -> Expr | None:
         """silu(split[0]) * split[1], where split = R.split(y, 2, axis=-1)."""
@@ -159,5 +173,5 @@ class _FunctionFuser:
         call = self.values[y]
         self.dropped.add(y)
         rows = call.ty_args[0].shape[0]
-        out = relax.TensorType((rows, new.n), new.dtype)
+        out = relax.TensorType((rows, new.n), new.out_dtype)
         return relax.call_tir(kernel, [*call.args[1].fields, *extra], out)

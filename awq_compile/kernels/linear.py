@@ -80,7 +80,7 @@ class LinearArgs:
             acc = gate / (tirx.exp(gate * -1.0) + 1.0) * acc
         if self.residual is not None:
             acc = acc + cast("float32", self.residual[m, n], lanes)
-        return acc if self.problem.dtype == "float32" else cast(self.problem.dtype, acc, lanes)
+        return acc if self.problem.out_dtype == "float32" else cast(self.problem.out_dtype, acc, lanes)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def linear_function(problem: MatmulProblem, attrs: dict[str, Any]) -> Iterator[t
         weight = {name: T.arg(name, T.buffer(shape, kind)) for name, (shape, kind) in arrays.items()}
         bias = T.arg("bias", T.buffer((n,), "float16")) if problem.epilogue.bias else None
         residual = T.arg("residual", T.buffer((m, n), dtype)) if problem.epilogue.residual else None
-        y = T.arg("y", T.buffer((m, n), dtype))
+        y = T.arg("y", T.buffer((m, n), problem.out_dtype))
         flat = {
             name: T.decl_buffer((rows * columns,), kind, data=weight[name].data)
             for name, ((rows, columns), kind) in arrays.items()
@@ -139,7 +139,7 @@ def reference_linear(problem: MatmulProblem, rows_of_x: int | None = None) -> An
             value = value * tirx.sigmoid(value) * acc[i, j + n]
         if residual:
             value = value + residual[0][i, j].astype("float32")
-        return value.astype(problem.dtype)
+        return value.astype(problem.out_dtype)
 
     y = te.compute((m, n), finished, name="y")
     function = te.create_prim_func([x, *weight.values(), *bias, *residual, y])

@@ -46,8 +46,9 @@ def flops(problem: MatmulProblem, rows: int) -> float:
 
 def least_bytes(problem: MatmulProblem, rows: int) -> float:
     """Of W once, x once, y once, and what the epilogue reads."""
-    item = 2 if problem.dtype == "float16" else 4
-    matrices = rows * (problem.k + problem.n * (2 if problem.epilogue.residual else 1)) * item
+    of_x, of_y = ({"float16": 2, "float32": 4}[dtype] for dtype in (problem.dtype, problem.out_dtype))
+    residual = of_x if problem.epilogue.residual else 0
+    matrices = rows * (problem.k * of_x + problem.n * (of_y + residual))
     return problem.weight_nbytes + matrices + (2 * problem.n if problem.epilogue.bias else 0)
 
 

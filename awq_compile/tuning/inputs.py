@@ -41,7 +41,7 @@ class Inputs:
 
     def output(self) -> Array:
         """A poisoned y."""
-        y = np.empty(self.expected.shape, self.work.problem.dtype)
+        y = np.empty(self.expected.shape, self.work.problem.out_dtype)
         y.reshape(-1).view(np.uint8)[...] = POISON
         return y
 

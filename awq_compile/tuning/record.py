@@ -165,7 +165,7 @@ def _problem(data: dict[str, Any]) -> MatmulProblem:
     except (AwqCompileError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CompileError(f"not a problem: {error!r:.200}") from None
     epilogue = problem.epilogue
-    flags = all(type(flag) is bool for flag in (epilogue.bias, epilogue.residual))
+    flags = all(type(flag) is bool for flag in (epilogue.bias, epilogue.residual, epilogue.wide))
     if not typed or not flags or problem.dtype not in ("float16", "float32"):
         raise CompileError(f"not a problem: {str(found)[:_TEXT]}")
     if isinstance(spec, QuantSpec) and problem.k % spec.group:

@@ -31,6 +31,7 @@ VARIANTS = [
             Epilogue(activation="relu"),
             Epilogue(activation="silu_mul"),
             Epilogue(residual=True),
+            Epilogue(wide=True),
         )
     ),
 ]

@@ -23,7 +23,7 @@ def linear_cases(problem: MatmulProblem, rows: Sequence[int], rng: np.random.Gen
         residual = rng.standard_normal((m, problem.n)).astype(problem.dtype) if problem.epilogue.residual else None
         expected, bound = linear(problem, x, matrix, bias, residual)
         extra: list[Any] = [array for array in (bias, residual) if array is not None]
-        arguments = [x, *arrays_of(matrix), *extra, poisoned((m, problem.n), problem.dtype)]
+        arguments = [x, *arrays_of(matrix), *extra, poisoned((m, problem.n), problem.out_dtype)]
         yield Case(f"M={m}", arguments, {len(arguments) - 1: Expected(expected, bound)})
 
 

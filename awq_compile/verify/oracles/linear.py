@@ -100,4 +100,4 @@ def epilogue(
     if residual is not None:
         acc = acc + residual
         error = error + single * np.abs(acc)
-    return acc, error + stored(np.abs(acc) + error, problem.dtype)
+    return acc, error + stored(np.abs(acc) + error, problem.out_dtype)

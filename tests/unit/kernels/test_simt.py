@@ -52,7 +52,10 @@ def test_integers_become_floats_by_their_bits() -> None:
     """The same values as a conversion."""
     for spec in SPECS[:4]:
         check(
-            MatmulProblem(16, 128, spec, Epilogue(), "float16"), "cuda", schedule(spec, "cuda", magic=True), (1, 3, 20)
+            MatmulProblem(16, 128, spec, Epilogue(wide=True), "float16"),
+            "cuda",
+            schedule(spec, "cuda", magic=True),
+            (1, 3, 20),
         )
 
 

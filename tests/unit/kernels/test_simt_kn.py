@@ -76,7 +76,7 @@ def test_the_rules_of_targets(target: str) -> None:
     """Untuned schedules are legal for KN and compute the same."""
     spec = resolve_target(target)
     kind = str(spec.tvm_target["kind"])
-    problem = MatmulProblem(130, 256, SPECS[0], Epilogue(), "float16")
+    problem = MatmulProblem(130, 256, SPECS[0], Epilogue(wide=True), "float16")
     check(problem, kind, spec.rule(problem), (1, 5, 33))
 
 

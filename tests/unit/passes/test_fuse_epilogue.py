@@ -23,16 +23,16 @@ def epilogues(module: Any) -> list[str]:
     return sorted(p.epilogue.name for p in found)
 
 
-def quantised(body: Any, *, bias: int = 0) -> Any:
-    """run(x (m, 32), r (m, 64), w (64, 32), [b]) → body(builder, x Wᵀ, r, b), quantised."""
+def quantised(body: Any, dtype: str = "float32") -> Any:
+    """run(x (m, 32), r (m, 64), w (64, 32), b) → body(builder, x Wᵀ, r, b), quantised."""
     builder = relax.BlockBuilder()
     from tvm import tirx
 
     m = tirx.Var("m", "int64")
-    x, r = (relax.Var(name, relax.TensorType((m, size), "float32")) for name, size in (("x", 32), ("r", 64)))
+    x, r = (relax.Var(name, relax.TensorType((m, size), dtype)) for name, size in (("x", 32), ("r", 64)))
     w, b = (
-        relax.Var("w.weight", relax.TensorType((64, 32), "float32")),
-        relax.Var("b", relax.TensorType((64,), "float32")),
+        relax.Var("w.weight", relax.TensorType((64, 32), dtype)),
+        relax.Var("b", relax.TensorType((64,), dtype)),
     )
     with builder.function("run", [x, r, w, b], {"num_input": 2}):
         with builder.dataflow():
@@ -83,3 +83,17 @@ def test_what_is_fused(body: Any, fused: str) -> None:
 def test_what_is_declined(body: Any, left: str) -> None:
     """These keep their operators outside."""
     assert epilogues(quantised(body)) == [left]
+
+
+def test_logits_are_not_rounded_to_float16() -> None:
+    """A cast behind the product, or behind its residual, becomes the type of y; an addition behind the cast stays."""
+
+    def cast(b: Any, y: Any) -> Any:
+        return b.emit(relax.op.astype(y, "float32"))
+
+    module = quantised(lambda b, y, r, c: cast(b, y), "float16")
+    assert epilogues(module) == ["wide"]
+    assert module["run"].ret_ty.dtype == "float32"
+    assert epilogues(quantised(lambda b, y, r, c: cast(b, b.emit(relax.op.add(y, r))), "float16")) == ["residual_wide"]
+    assert epilogues(quantised(lambda b, y, r, c: relax.op.add(cast(b, y), cast(b, r)), "float16")) == ["wide"]
+    assert epilogues(quantised(lambda b, y, r, c: relax.op.astype(y, "float16"))) == [""]
