@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from awq_compile.cli import bundles, records
 from awq_compile.cli import options as o
-from awq_compile.cli import records
 from awq_compile.cli.console import Output, seconds, shown
 from awq_compile.cli.records import time_words
 from awq_compile.errors import UsageError
@@ -73,6 +73,21 @@ Server = Annotated[
 DeviceKey = Annotated[
     str | None, typer.Option(metavar="KEY", help="Under which servers offer the device.", rich_help_panel=WHERE)
 ]
+Export = Annotated[
+    Path | None,
+    typer.Option(
+        "--export-bundle",
+        metavar="DIR",
+        help="Write compiled candidates and a script that measures them on a machine that cannot be reached.",
+        rich_help_panel=WHERE,
+    ),
+]
+Import = Annotated[
+    Path | None,
+    typer.Option(
+        "--import-results", metavar="FILE", help="Take in what the script of a bundle wrote.", rich_help_panel=WHERE
+    ),
+]
 ListFlag = Annotated[bool, typer.Option("--list", help="List all records.", rich_help_panel=LOOK)]
 Explain = Annotated[
     bool,
@@ -112,6 +127,8 @@ def tune(
     rpc_tracker: Tracker = None,
     rpc_server: Server = None,
     device_key: DeviceKey = None,
+    export_bundle: Export = None,
+    import_results: Import = None,
     list_records: ListFlag = False,
     explain: Explain = False,
     merge: Merge = False,
@@ -129,6 +146,8 @@ def tune(
     output = Output(as_json, verbose)
     words = inputs or []
     chosen = [name for name, on in (("--list", list_records), ("--merge", merge), ("--diff", diff)) if on]
+    paths = (("--export-bundle", export_bundle), ("--import-results", import_results))
+    chosen += [name for name, path in paths if path is not None]
     if len(chosen) + explain > 1:
         raise UsageError(f"{' and '.join([*chosen, *(['--explain'] if explain else [])])} exclude each other")
     if list_records:
@@ -137,6 +156,8 @@ def tune(
         records.merge_files([Path(word) for word in words], out, output)
     elif diff:
         records.diff_files([Path(word) for word in words], output)
+    elif import_results:
+        bundles.take_results(import_results, output)
     else:
         if len(words) > 1:
             raise UsageError(f"one MODEL at a time, got {', '.join(words)}", hint="--merge and --diff take files")
@@ -145,6 +166,12 @@ def tune(
             from awq_compile.targets.roofs import nominal_roof
 
             records.explain(work.spec, work.shares(nominal_roof(work.spec.name)), output)
+            return
+        if export_bundle:
+            from awq_compile.targets.roofs import nominal_roof
+
+            works = [share.work for share in work.shares(nominal_roof(work.spec.name))]
+            bundles.write(export_bundle, works, work.spec, trials, seed, output)
             return
         from awq_compile.tuning.rpc import Place
 

@@ -122,7 +122,7 @@ def parse_record(line: str) -> Record:
     known = {f.name for f in fields(Record)}
     if unknown := sorted(set(data) - known):
         raise CompileError(f"unknown keys {', '.join(unknown)[:_TEXT]}")
-    bucket, schedule, problem = _text(data, "bucket"), decode_schedule(_object(data, "schedule")), _problem(data)
+    bucket, schedule, problem = _text(data, "bucket"), decode_schedule(_object(data, "schedule")), parse_problem(data)
     if bucket not in ROW_BUCKETS or not fits_bucket(template_of(schedule), bucket):
         raise CompileError(f"{template_of(schedule)} in the bucket {bucket!r}")
     rows = _integer(data, "rows")
@@ -151,7 +151,8 @@ def parse_record(line: str) -> Record:
     )
 
 
-def _problem(data: dict[str, Any]) -> MatmulProblem:
+def parse_problem(data: dict[str, Any]) -> MatmulProblem:
+    """The entry `problem` of a JSON object from outside. Raises `CompileError`."""
     found = _object(data, "problem")
     for name in ("n", "k"):
         if not 0 < _integer(found, name) <= _MOST:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,19 @@ def test_a_file_that_is_not_there(run: Run) -> None:
     """Exit code 1: the file is named."""
     code, _, err = run("tune", "--merge", "none.jsonl")
     assert code == 1 and "none.jsonl cannot be read" in err
+
+
+def test_a_bundle_is_written_and_its_results_are_taken_in(run: Run, private_cache: Path, tmp_path: Path) -> None:
+    """The GEMVs of the demo, each with its untuned schedule only, measured by the script, become records."""
+    place = tmp_path / "bundle"
+    words = ("--target", "cpu", "--bucket", "gemv", "--trials", "1")
+    code, out, err = run("tune", DEMO, *words, "--export-bundle", place, "--json")
+    assert code == 0 and json.loads(out)["kernels"] == 5 and json.loads(out)["candidates"] == 5, err
+    results = tmp_path / "results.jsonl"
+    subprocess.run([sys.executable, place / "measure.py", results], check=True, timeout=300)
+    code, out, err = run("tune", "--import-results", results, "--json")
+    assert code == 0 and json.loads(out) == {"target": "cpu", "records": 5, "statuses": {"ok": 5}}, err
+    (file,) = (private_cache / "tuned").iterdir()
+    assert len(file.read_text().splitlines()) == 5
+    assert run("tune", "--import-results", tmp_path / "none")[0] == 1
+    assert run("tune", "--import-results", results, "--list")[0] == 2
