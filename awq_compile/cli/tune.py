@@ -11,7 +11,7 @@ from awq_compile.cli import bundles, records
 from awq_compile.cli import options as o
 from awq_compile.cli.console import Output, seconds, shown
 from awq_compile.cli.records import time_words
-from awq_compile.errors import UsageError
+from awq_compile.errors import CompileError, UsageError
 
 if TYPE_CHECKING:
     from awq_compile.formats import QuantScheme
@@ -307,7 +307,12 @@ def _metaschedule(kernels: _Kernels, place: Place, trials: int, limit: float | N
         for share in shares:
             work = share.work
             seconds_each = math.inf if limit is None else limit / len(shares)
-            found = metaschedule(measurer, work, spec, SEARCH, trials=trials, seconds=seconds_each, seed=seed)
+            try:
+                found = metaschedule(measurer, work, spec, SEARCH, trials=trials, seconds=seconds_each, seed=seed)
+            except CompileError as error:
+                output.say(str(error))
+                rows.append({"kernel": work.problem.name, "bucket": work.bucket, "error": str(error)})
+                continue
             good = [m for m in found if m.status == "ok"]
             words = f"{work.problem.name} {work.bucket}: {len(good)} of {len(found)} candidates right"
             row: dict[str, Any] = {"kernel": work.problem.name, "bucket": work.bucket, "tried": len(found)}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from awq_compile.errors import EnvironmentMissingError
+from awq_compile.errors import CompileError, EnvironmentMissingError
 from awq_compile.kernels.linear import reference_linear
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.foreign import Trace
@@ -34,7 +34,8 @@ def metaschedule(
     on_trial: Callable[[Measurement, float], None] = lambda _measurement, _elapsed: None,
 ) -> list[Measurement]:
     """Everything it measured, in order, until `trials` or `seconds` are spent; `on_trial` also gets the time since
-    the start. Raises `EnvironmentMissingError` without xgboost, which its cost model needs.
+    the start. Raises `EnvironmentMissingError` without xgboost, which its cost model needs, and `CompileError` for a
+    problem that it cannot schedule.
     """
     try:
         import xgboost  # noqa: F401
@@ -60,7 +61,11 @@ def metaschedule(
     )
     database, model = ms.database.MemoryDatabase(), ms.cost_model.XGBModel(num_warmup_samples=_BATCH)
     workload = database.commit_workload(module)
-    context.pre_tuning(trials, min(_BATCH, trials), database=database, cost_model=model)
+    try:
+        context.pre_tuning(trials, min(_BATCH, trials), database=database, cost_model=model)
+    except (RuntimeError, ValueError) as error:  # its rules do not take an epilogue that reads two columns
+        said = str(error).strip().splitlines()[-1]
+        raise CompileError(f"MetaSchedule cannot make a space for {work.name}: {said}") from None
     found: list[Measurement] = []
     while len(found) < trials and time.monotonic() - start < seconds:
         candidates = context.generate_measure_candidates()
