@@ -29,14 +29,15 @@ from awq_compile.cli import (
     quantize,
     run,
     serve,
+    sweep,
     targets,
     tune,
     verify,
 )
 from awq_compile.errors import AwqCompileError, ExitCode, UsageError
 
-# Words of the design that this version does not have; a folder of that name is ./sweep.
-PLANNED: Final = ("export", "sweep")
+# Words of the design that this version does not have; a folder of that name is ./export.
+PLANNED: Final = ("export",)
 
 _CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
 _EPILOG: Final = (
@@ -44,7 +45,7 @@ _EPILOG: Final = (
     "quantize (AWQ only), run (generate text), chat, serve (by MLC's engine), bench (tokens per second), "
     "eval (perplexity and KL divergence), verify (every kernel against the reference), "
     "check-contract (what the MLC runtime demands), inspect (what a directory holds), "
-    "tune (measured schedules for this machine's device), "
+    "tune (measured schedules for a device, here or elsewhere), sweep (tune models on a farm), "
     "package (models into an app), deploy (a model onto an Android phone), "
     "targets, doctor (what works on this machine). "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 environment, 130 interrupted."
@@ -67,6 +68,7 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
     verbs.command("check-contract")(check_contract.check_contract)
     verbs.command("inspect")(inspect.inspect)
     verbs.command("tune")(tune.tune)
+    verbs.command("sweep")(sweep.sweep)
     verbs.command("package")(package.package)
     verbs.command("deploy")(deploy.deploy)
     verbs.command("targets")(targets.targets)
@@ -76,7 +78,7 @@ def _apps() -> tuple[typer.Typer, typer.Typer]:
 
 VERBS: Final = (
     *("quantize", "run", "chat", "serve", "bench", "eval", "verify", "check-contract", "inspect"),
-    *("tune", "package", "deploy", "targets", "doctor"),
+    *("tune", "sweep", "package", "deploy", "targets", "doctor"),
 )
 
 

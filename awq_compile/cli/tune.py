@@ -161,7 +161,7 @@ def tune(
     else:
         if len(words) > 1:
             raise UsageError(f"one MODEL at a time, got {', '.join(words)}", hint="--merge and --diff take files")
-        work = _Kernels.of(words[0] if words else None, target, scheme, bucket, output)
+        work = Kernels.of(words[0] if words else None, target, scheme, bucket, output)
         if explain:
             from awq_compile.targets.roofs import nominal_roof
 
@@ -181,10 +181,10 @@ def tune(
         elif strategy != "ours":
             raise UsageError(f"unknown strategy {strategy!r}", hint="--strategy ours or --strategy metaschedule")
         else:
-            _tune(work, place, trials, seconds_, seed, patience, output)
+            output.result(tune_kernels(work, place, trials, seconds_, seed, patience, output))
 
 
-class _Kernels:
+class Kernels:
     """What is to be tuned: the kernels of a model for a target."""
 
     def __init__(
@@ -198,7 +198,7 @@ class _Kernels:
         self.spec, self.config, self.scheme, self.options, self.buckets = spec, config, scheme, options, buckets
 
     @staticmethod
-    def of(model: str | None, target: str, scheme: str | None, buckets: list[str] | None, output: Output) -> _Kernels:
+    def of(model: str | None, target: str, scheme: str | None, buckets: list[str] | None, output: Output) -> Kernels:
         """Resolves MODEL, which may be a compiled directory, and the scheme."""
         from awq_compile.cli.source import find_model
         from awq_compile.formats import QuantScheme
@@ -227,7 +227,7 @@ class _Kernels:
                 own = open_checkpoint(source.path).scheme
         chosen = QuantScheme.parse(scheme) if scheme else own
         spec.check_scheme(chosen)
-        return _Kernels(spec, config, chosen, options, wanted)
+        return Kernels(spec, config, chosen, options, wanted)
 
     def shares(self, roof: Any) -> list[Share]:
         """The kernels of the buckets that are wanted."""
@@ -241,13 +241,13 @@ def _measurer(spec: TargetSpec, seed: int, place: Place) -> Measurer:
     return place.open(spec, seed)
 
 
-def _tune(
-    kernels: _Kernels, place: Place, trials: int, limit: float | None, seed: int, patience: int, output: Output
-) -> None:
+def tune_kernels(
+    kernels: Kernels, place: Place, trials: int, limit: float | None, seed: int, patience: int, output: Output
+) -> dict[str, Any]:
+    """Tunes and keeps; returns what `--json` prints."""
     import math
 
     from awq_compile.tuning.database import user_folder
-    from awq_compile.tuning.rpc import Place
     from awq_compile.tuning.session import tune_works
     from awq_compile.tuning.tune import Options
 
@@ -288,11 +288,10 @@ def _tune(
             f"{len(found)} kernels for {kernels.spec.name}: {speedup:.2f} times the untuned speed in the geometric "
             f"mean, in {shown(user_folder())}; compile again to use it"
         )
-    result = {"target": kernels.spec.name, "kernels": found}
-    output.result(result | ({"devices": devices, "dropped": dropped} if place != Place() else {}))
+    return {"target": kernels.spec.name, "kernels": found, "devices": dict(devices), "dropped": dropped}
 
 
-def _metaschedule(kernels: _Kernels, place: Place, trials: int, limit: float | None, seed: int, output: Output) -> None:
+def _metaschedule(kernels: Kernels, place: Place, trials: int, limit: float | None, seed: int, output: Output) -> None:
     """TVM's search on the same kernels, and its best beside the schedule that the compiler would take."""
     import math
 

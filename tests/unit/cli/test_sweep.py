@@ -1,0 +1,100 @@
+"""`awq-compile sweep` with a device that runs nothing: cells, going on, the report, and files that do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from helpers_tuning import FakeMeasurer
+
+import awq_compile
+from awq_compile.cli import tune
+from awq_compile.errors import UsageError
+from awq_compile.tuning.sweep import Cell, SweepDevice, read_sweep
+
+DEMO = Path(awq_compile.__file__).parent / "data" / "demo"
+SWEEP = f"""
+models = ["{DEMO}"]
+schemes = ["w4g128", "w4g32"]
+buckets = ["gemv"]
+trials = 2
+
+[[device]]
+target = "opencl"
+
+[[device]]
+name = "phones"
+target = "android"
+tracker = "127.0.0.1:1"
+key = "8gen3"
+"""
+
+
+def test_a_sweep_goes_on_and_reports(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cells that are done are not run again, one whose tracker is away fails by itself, and the report has both."""
+    fake, places = FakeMeasurer(lambda schedule: 1e-4 / schedule.rows), []
+
+    def measurer(spec: object, seed: int, place: object) -> object:
+        places.append(str(place))
+        return fake if str(place) == "here" else place.open(spec, seed)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(tune, "_measurer", measurer)
+    file, out = tmp_path / "sweep.toml", tmp_path / "out"
+    file.write_text(SWEEP)
+    code, text, err = run("sweep", file, "--out", out, "--json")
+    cells = json.loads(text)["cells"]
+    assert code == 1 and "2 of 4 cells failed" in err
+    assert [len(cell["kernels"]) for cell in cells] == [5, 5, 0, 0] and places == ["here"] * 2 + [
+        "8gen3 at 127.0.0.1:1"
+    ] * 2
+    assert all("no RPC tracker answers at 127.0.0.1:1" in cell["error"] for cell in cells[2:])
+    report = (out / "report.html").read_text()
+    assert report.count("<svg") == 2 and "no RPC tracker answers" in report and str(DEMO) in report
+    with (out / "sweep.jsonl").open("a") as state:
+        state.write('{"cell": "what a kill leaves')
+    measured, places[:] = len(fake.measured), []
+    assert run("sweep", file, "--out", out)[0] == 1
+    assert len(fake.measured) == measured and len(places) == 2
+    assert (out / "report.html").read_text() == report
+    (out / "sweep.jsonl").write_text("{}\n")
+    code, _, err = run("sweep", file, "--out", out)
+    assert code == 1 and "sweep.jsonl is damaged" in err
+
+
+def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
+    """Every model with every scheme on every device; without schemes the target's own."""
+    path = tmp_path / "sweep.toml"
+    path.write_text('models = ["a", "b"]\nseconds = 9\n[[device]]\ntarget = "cpu"\n')
+    device = SweepDevice("cpu", "cpu")
+    buckets = ("gemv", "small", "gemm")
+    assert read_sweep(path) == [Cell(model, None, device, buckets, 64, 24, 0, 9) for model in ("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("", "models is missing"),
+        ("models = [1]", "models is"),
+        ('models = ["a"]\nmodel = 1', "unknown keys model"),
+        ('models = ["a"]', "no device is given"),
+        ('models = ["a"]\ntrials = 0', "trials is 0"),
+        ('models = ["a"]\ntrials = true', "trials is True"),
+        ('models = ["a"]\nseconds = nan', "seconds is nan"),
+        ('models = ["a"]\nschemes = ["w5"]', "w5"),
+        ('models = ["a"]\nbuckets = ["x"]', "buckets: unknown x"),
+        ('models = ["a"]\n[[device]]\nname = "x"', "target is missing"),
+        ('models = ["a"]\n[[device]]\ntarget = "abacus"', "abacus"),
+        ('models = ["a"]\n[[device]]\ntarget = "cpu"\nport = 1', "device: unknown keys port"),
+        ('models = ["a"]\n[[device]]\ntarget = "cpu"\ntracker = "h:1"', "which devices"),
+        ('models = ["a"]\n[[device]]\ntarget = "cpu"\n[[device]]\ntarget = "cpu"', "the same name"),
+        ("models = ", "not TOML"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named(tmp_path: Path, changes: str, message: str) -> None:
+    """One error with the file and the key."""
+    path = tmp_path / "sweep.toml"
+    path.write_text(changes)
+    with pytest.raises(UsageError, match=f"sweep.toml.*{message}"):
+        read_sweep(path)
