@@ -12,8 +12,6 @@ from helpers_models import DEMO
 from helpers_vulkan import global_functions
 from tokenizers import Tokenizer
 
-from awq_compile import verification
-from awq_compile.cli.main import main
 from awq_compile.manifest import Dist, file_sha256, open_dist
 from awq_compile.targets import resolve_target
 from awq_compile.verify.execution import missing
@@ -21,7 +19,6 @@ from awq_compile.verify.sidecar import table_path
 from awq_compile.verify.whole_model import Prompts, WholeModelVerification, verify_whole_model
 
 TARGETS = ("opencl", "vulkan", "android:adreno")
-CHUNK = 32  # the long prompt takes three
 # What every decoder layer launches: prefill alone and behind a past, decoding alone and of a batch, merging.
 EXPECTED = (
     "batch_prefill_ragged_kv_kernel",
@@ -31,23 +28,6 @@ EXPECTED = (
     "tir_kv_cache_transpose_append_kernel",
     "fused_rope_kernel",
 )
-
-
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory: pytest.TempPathFactory) -> Dist:
-    """The demo model for the CPU and all that can run here; its kernels are verified singly elsewhere."""
-    runnable = [name for name in TARGETS if missing(resolve_target(name)) is None]
-    folder = tmp_path_factory.mktemp("whole")
-    words = [str(DEMO), "-o", str(folder / "dist"), "--method", "rtn", "--scheme", "w4g128", "--target", "cpu"]
-    words += [word for name in runnable for word in ("--target", name)]
-    words += ["--prefill-chunk-size", str(CHUNK), "--context-window-size", "160", "--max-batch-size", "4"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWQ_COMPILE_CACHE", str(folder / "cache"))
-        patch.setattr(
-            verification, "verify_library", lambda *_: verification.Verification(ran=False, reason="not asked for")
-        )
-        assert main(words) == 0
-    return open_dist(folder / "dist")
 
 
 @pytest.fixture(scope="module")
