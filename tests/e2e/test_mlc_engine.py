@@ -150,7 +150,7 @@ def requests(text: Callable[[int, int], list[int]]) -> list[Request]:
     return [
         Request(text(0, 5), 20),
         Request(text(30, 70), 12, presence_penalty=0.7, frequency_penalty=0.4, repetition_penalty=1.3),
-        Request(text(120, 33), 10, logit_bias={5: 4.0, 4095: -3.0, 17: 2.5}, repetition_penalty=0.8),
+        Request(text(120, 33), 10, logit_bias={13: 6.0, 4095: -3.0, 17: 2.5}, repetition_penalty=0.8),
         Request(text(200, 1), 16, allowed=even, frequency_penalty=-0.3),
         Request(text(210, 18), 9, n=3, temperature=0.9, top_p=0.8, presence_penalty=-0.2, seed=3),
         Request(text(240, 40), 14, temperature=1.3, allowed=even, logit_bias={8: 1.0}, top_logprobs=4),
@@ -166,6 +166,7 @@ def test_concurrent_requests(engine: Engine, oracle: Oracle, text: Callable[[int
         engine.step()
     engine.run()
     oracle.check(*entries)
+    assert 13 in entries[2].output[:-1]  # both bias and penalties change it, and their order shows
     assert entries[0].output == oracle.generated(entries[0].request.prompt, 20)
     assert {"prefill", "batch_prefill", "hybrid", "decode", "batch_decode"} <= set(+engine.calls)
     assert engine.model.available_pages() < free
