@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from awq_compile.errors import CompileError
@@ -82,7 +84,7 @@ class GpuTarget(TargetSpec):
         else:
             gemv = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
             small = replace(gemv, batch=t.small_batch, unit=32 if three else min(unit, 16))
-        gemm = replace(t.gemm, unit=32 if three else t.gemm.unit)
+        gemm = _fitted(t.gemm, problem.k, 32 if three else t.gemm.unit)
         chosen = LinearSchedule(gemv, small, gemm)
         self.check(problem, chosen)
         return chosen
@@ -99,6 +101,17 @@ class GpuTarget(TargetSpec):
                     raise CompileError(
                         f"{problem.name}, {bucket}: {used} {what}, and {self.name} has {limit} ({self.limits.source})"
                     )
+
+
+def _fitted(gemm: SimtGemmSchedule | MatrixGemmSchedule, k: int, unit: int) -> SimtGemmSchedule | MatrixGemmSchedule:
+    """A template that takes K in whole blocks, and whole units for every thread."""
+    if isinstance(gemm, SimtGemmSchedule):
+        return replace(gemm, unit=unit)
+    for block_k, warps_n in itertools.product((gemm.block_k, 32), (gemm.warps_n, 1)):
+        if k % block_k == 0:
+            with suppress(CompileError):
+                return replace(gemm, unit=unit, block_k=block_k, warps_n=warps_n)
+    raise CompileError(f"no blocks of {gemm} divide K = {k} in units of {unit}")
 
 
 def tvm_limits(limits: HardwareLimits) -> dict[str, object]:

@@ -6,6 +6,7 @@ Tests skip by what they find on the machine. CI has all of it, so there a skip s
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Final
 
 import pytest
@@ -55,6 +56,14 @@ class UnexpectedSkips:
             terminalreporter.section("skips that CI does not expect", red=True, bold=True)
             for line in self.found:
                 terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Checkpoints and tuned schedules that lie on this machine change nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWQ_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -57,10 +57,13 @@ def bucket_linear(problem: MatmulProblem, bucket: str, schedule: FewRows | ManyR
 
 
 def check_order(problem: MatmulProblem, *schedules: FewRows | ManyRows) -> None:
-    """Raises `CompileError` for a template that does not read the order in which the weights lie."""
+    """Raises `CompileError` for a template that does not read the weights' order, or does not take K whole."""
     kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
     nk_only = (GemvSchedule, GemmSchedule, SimtGemvSchedule, MatrixGemvSchedule)
     for chosen in schedules:
+        block = getattr(chosen, "block_k", 1)
+        if problem.k % block:
+            raise CompileError(f"{problem.name}: K = {problem.k} is not a multiple of the block of {block}")
         if isinstance(chosen, nk_only) if kn else isinstance(chosen, ColumnGemvSchedule):
             raise CompileError(f"{problem.name}: {type(chosen).__name__} does not read {'KN' if kn else 'NK'} weights")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from helpers_simt import check
 
+from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
+from awq_compile.kernels.build import scheduled_linear
 from awq_compile.problem import Epilogue, MatmulProblem
 from awq_compile.schedules import (
     LinearSchedule,
@@ -14,6 +16,7 @@ from awq_compile.schedules import (
     SimtGemmSchedule,
     SimtGemvSchedule,
 )
+from awq_compile.targets import resolve_target
 
 SPECS: list[WeightSpec] = [
     QuantSpec(4, 128),
@@ -80,3 +83,19 @@ def test_weights_decoded_in_registers(tiles: int, symmetric: bool) -> None:
     chosen = LinearSchedule(few, few, many)
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
         check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 8, 9, 37))
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3, 32), QuantSpec(4, 32), Float16Spec()], ids=lambda s: s.name)
+@pytest.mark.parametrize("name", ["cuda:sm_80", "cuda:sm_75", "metal"])
+def test_rules_take_all_of_k(name: str, spec: WeightSpec) -> None:
+    """K = 96 is no multiple of 64; a 3-bit unit is 32 weights."""
+    problem = MatmulProblem(40, 96, spec, Epilogue(), "float16")
+    check(problem, name.partition(":")[0], resolve_target(name).rule(problem), (1, 3, 9, 37))
+
+
+def test_a_tail_of_k_is_refused() -> None:
+    problem = MatmulProblem(40, 96, QuantSpec(4, 32), Epilogue(), "float16")
+    plain = schedule(problem.spec, "cuda")
+    chosen = LinearSchedule(plain.gemv, plain.small, MatrixGemmSchedule(32, 64, 64, 2, 2, 8, "m16n8k16"))
+    with pytest.raises(CompileError, match="K = 96 is not a multiple of the block of 64"):
+        scheduled_linear(problem, chosen)
