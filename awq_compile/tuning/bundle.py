@@ -104,7 +104,8 @@ def _write_work(
 ) -> dict[str, Any]:
     inputs = make_inputs(work, seed)
     arrays = {f"a{i}": a for i, a in enumerate([inputs.x, *inputs.weight, *inputs.extra])}
-    for name, array in (arrays | {"expected": inputs.expected, "bound": inputs.bound}).items():
+    results = {"y": inputs.output(), "expected": inputs.expected, "bound": inputs.bound}
+    for name, array in (arrays | results).items():
         np.save(folder / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
     candidates = []
     for i, schedule in enumerate(schedules):
@@ -120,7 +121,7 @@ def _write_work(
         "bucket": work.bucket,
         "rows": work.rows,
         "arrays": [f"{folder.name}/{name}.npy" for name in arrays],
-        "expected": [f"{folder.name}/{name}.npy" for name in ("expected", "bound")],
+        "expected": [f"{folder.name}/{name}.npy" for name in results],
         "candidates": candidates,
     }
 
@@ -173,6 +174,9 @@ def read_results(path: Path) -> Results:
         for work, (untuned, *finalists) in final.items():
             if untuned.schedule != getattr(spec.rule(work.problem), work.bucket):
                 raise CompileError(f"{work.name}: the first of the last measurements is not the untuned schedule")
+            if not any(m.status == "ok" for m in (untuned, *finalists)):
+                notes.append(f"{path}: {work.name}: nothing gives the right result there: {untuned.error}")
+                continue
             trials = max(1, len(found.get(work, ())))
             roof = nominal_roof(spec.name)
             record = make_record(work, spec, roof, untuned, finalists, trials)

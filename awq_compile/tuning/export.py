@@ -27,4 +27,5 @@ def export_kernel(work: Work, candidate: Candidate, spec: TargetSpec, path: Path
     def link(output: str, objects: list[str], **_: Any) -> None:
         spec.link(Path(output), sorted(Path(name) for name in objects))
 
-    module.export_library(str(path), fcompile=link)
+    with spec.building():  # CUDA's code becomes machine code as it is written
+        module.export_library(str(path), fcompile=link)

@@ -109,6 +109,18 @@ def test_results_are_read_as_from_a_stranger(
         read_results(path)
 
 
+def test_a_kernel_that_nothing_computes_right_is_named(
+    bundle: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """It gives no record, and does not keep others from theirs."""
+    lines = json.loads(json.dumps(bundle[1]))
+    lines[5]["final"] = [{**found, "status": "wrong"} for found in lines[5]["final"]]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = read_results(path)
+    assert not results.records and "nothing gives the right result" in results.notes[0]
+
+
 def test_half_of_the_results(bundle: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     """A work that was not measured to the end gives no record, and is named."""
     path = tmp_path / "results.jsonl"
