@@ -19,7 +19,8 @@ class CompileOptions:
     `page_size`: positions of a page of the KV cache. With `sliding_window_size` a sequence may grow without end,
     and `context_window_size` is that of the window: besides itself a token sees so many positions before it, the first
     `attention_sink_size` of the sequence among them (StreamingLLM, Xiao et al. 2023). That is transformers'
-    `sliding_window` less one.
+    `sliding_window` less one. TVM's cache slides between calls: a token of a longer prompt sees the window before its
+    prefill chunk, and the chunk up to itself.
     """
 
     context_window_size: int
