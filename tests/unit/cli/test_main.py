@@ -125,7 +125,13 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     code = "import sys, time\nfrom awq_compile.cli import main, build, source\n"
     code += "source.find_model = lambda *a: (print('ready', flush=True), time.sleep(60))\n"
     code += "sys.exit(main.main(['x']))"
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     os.kill(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=30)
