@@ -82,9 +82,9 @@ class CudaTarget(GpuTarget):
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
         few = _matrix_gemv(problem)
-        # With zero points to keep, four tiles take more registers than there are.
+        # With zero points to keep, or groups that two warps share unevenly, four tiles take more registers than exist.
         tiles = 4 if isinstance(problem.spec, QuantSpec) and problem.spec.symmetric else 2
-        many = MatrixGemvSchedule(min(2, problem.k // 128), tiles, columns=4)
+        many = MatrixGemvSchedule(1 if problem.k // 128 % 2 else 2, tiles, columns=4)
         return replace(chosen, gemv=few, small=few, gemm=many)
 
     @contextmanager
