@@ -48,7 +48,7 @@ def _dist(path: Path, verify: bool, output: Output) -> None:
     )
     for name, library in manifest.libraries.items():
         output.say(f"  {name}: {library.path}, {nbytes(manifest.files[library.path].nbytes)}")
-    output.say("  " + ", ".join(f"{key} {value}" for key, value in manifest.options.items()))
+    output.say("  " + ", ".join(f"{key} {value}" for key, value in manifest.options.items() if value is not None))
     output.say("  " + ", ".join(f"{key} {value}" for key, value in manifest.versions.items()))
     if output.verbose:
         table = Table("parameter", "shape", "dtype", "file", "bytes", box=None, pad_edge=False)
