@@ -86,10 +86,13 @@ def decode_problem(text: str) -> MatmulProblem:
     return MatmulProblem(**{**data, "epilogue": Epilogue(**data["epilogue"])})
 
 
-ROW_BUCKETS: Final = ("gemv", "small", "gemm")  # M = 1, 2 to 8, more
+ROW_BUCKETS: Final = ("gemv", "small", "medium", "gemm")  # M = 1, 2 to 8, 9 to 64, more
 SMALL_ROWS: Final = 8
+MEDIUM_ROWS: Final = 64
 
 
 def row_bucket(m: int) -> str:
-    """Which kernel serves M rows."""
-    return "gemv" if m == 1 else "small" if m <= SMALL_ROWS else "gemm"
+    """Which bucket M rows belong to; where it has no kernel of its own, that of `gemm` serves it."""
+    if m == 1:
+        return "gemv"
+    return "small" if m <= SMALL_ROWS else "medium" if m <= MEDIUM_ROWS else "gemm"

@@ -135,6 +135,64 @@ class MatrixGemvSchedule:
 
 
 @dataclass(frozen=True)
+class StagedMatrixSchedule:
+    """For `kernels.mma_staged`, many rows: each of `warps` takes `tiles` times 16 rows of W.
+
+    All of them take `columns` times 8 rows of x. `stages`: pieces of x, 64 along K, that shared memory holds: one is
+    used, the others are on their way.
+    """
+
+    warps: int
+    tiles: int
+    columns: int
+    stages: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.warps <= 16 or self.tiles not in (1, 2, 4) or self.columns not in (4, 8, 16):
+            raise CompileError(f"illegal {self}: 1 to 16 warps, tiles one of (1, 2, 4), columns of (4, 8, 16)")
+        if self.stages not in (2, 3, 4) or self.columns * 64 % self.threads:
+            raise CompileError(f"illegal {self}: 2 to 4 stages, and whole pieces of x for every thread")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the stages."""
+        return self.stages * self.columns * 8 * 128
+
+
+@dataclass(frozen=True)
+class WarpgroupSchedule:
+    """For `kernels.wgmma_gemm`, many rows, on sm_90: each of `warpgroups` takes `tiles` times 64 rows of W.
+
+    All of them take `columns` times 8 rows of x.
+    """
+
+    warpgroups: int
+    tiles: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in (8, 16):
+            raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns of (8, 16)")
+        if self.columns * 16 % self.threads:
+            raise CompileError(f"illegal {self}: whole pieces of x for every thread")
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * self.warpgroups
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of three stages of 64 elements along K."""
+        return 3 * self.columns * 8 * 128
+
+
+@dataclass(frozen=True)
 class ColumnGemvSchedule:
     """For `kernels.column_gemv`, weights in KN: a block of (n_threads, k_threads) threads.
 
@@ -255,13 +313,30 @@ class MatrixGemmSchedule:
 
 
 FewRows = GemvSchedule | SimtGemvSchedule | MatrixGemvSchedule | ColumnGemvSchedule
-ManyRows = GemmSchedule | SimtGemmSchedule | MatrixGemmSchedule | MatrixGemvSchedule
+ManyRows = (
+    GemmSchedule | SimtGemmSchedule | MatrixGemmSchedule | MatrixGemvSchedule | StagedMatrixSchedule | WarpgroupSchedule
+)
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """One schedule for each bucket of rows M: 1, 2 to 8, more."""
+    """One schedule for each bucket of rows, `problem.ROW_BUCKETS`. Without `medium`, `gemm` takes its rows too."""
 
     gemv: FewRows
     small: FewRows
     gemm: ManyRows
+    medium: ManyRows | None = None
+
+    @property
+    def by_bucket(self) -> dict[str, FewRows | ManyRows]:
+        """The schedules that there are, few rows first."""
+        found = {"gemv": self.gemv, "small": self.small, "medium": self.medium, "gemm": self.gemm}
+        return {bucket: schedule for bucket, schedule in found.items() if schedule is not None}
+
+    def of(self, bucket: str) -> FewRows | ManyRows:
+        """The schedule of a bucket. Raises `CompileError` where it has none of its own."""
+        if (found := self.by_bucket.get(bucket)) is None:
+            raise CompileError(
+                f"the bucket {bucket} has no kernel of its own", hint=f"known: {', '.join(self.by_bucket)}"
+            )
+        return found

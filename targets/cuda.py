@@ -23,8 +23,15 @@ from typing import Final
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
 from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
-from awq_compile.schedules import ColumnGemvSchedule, LinearSchedule, MatrixGemmSchedule, MatrixGemvSchedule
-from awq_compile.targets.cuda_ptx import MARK, device_functions
+from awq_compile.schedules import (
+    ColumnGemvSchedule,
+    LinearSchedule,
+    MatrixGemmSchedule,
+    MatrixGemvSchedule,
+    StagedMatrixSchedule,
+    WarpgroupSchedule,
+)
+from awq_compile.targets.cuda_ptx import MARK, WARPGROUP_MARK, device_functions
 from awq_compile.targets.cuda_source import with_digest
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix, llvm_triple
@@ -84,8 +91,11 @@ class CudaTarget(GpuTarget):
         few = _matrix_gemv(problem)
         # With zero points to keep, or groups that two warps share unevenly, four tiles take more registers than exist.
         tiles = 4 if isinstance(problem.spec, QuantSpec) and problem.spec.symmetric else 2
-        many = MatrixGemvSchedule(1 if problem.k // 128 % 2 else 2, tiles, columns=4)
-        return replace(chosen, gemv=few, small=few, gemm=many)
+        medium = MatrixGemvSchedule(1 if problem.k // 128 % 2 else 2, tiles, columns=4)
+        many: StagedMatrixSchedule | WarpgroupSchedule = StagedMatrixSchedule(4, 2, 16)
+        if self.archs == ("sm_90",):
+            many = WarpgroupSchedule(2, 2 if tiles == 4 and problem.weight_rows >= 8192 else 1, 16)
+        return replace(chosen, gemv=few, small=few, medium=medium, gemm=many)
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -113,14 +123,14 @@ class CudaTarget(GpuTarget):
 
     def _compile(self, source: str) -> tuple[bytes, str]:
         """(code, format) of CUDA C++ for all architectures."""
-        source = with_device_functions(source, self.archs[0])
+        source, archs = with_device_functions(source, self.archs[0]), machine_archs(source, self.archs)
         if shutil.which("nvcc"):
-            return nvcc(source, self.archs), "fatbin"
-        if len(self.archs) > 1:
+            return nvcc(source, archs), "fatbin"
+        if len(archs) > 1:
             raise EnvironmentMissingError(
                 f"{self.name}: code for several architectures needs nvcc on PATH", hint="install the CUDA toolkit"
             )
-        return nvrtc(source, self.archs[0]), "cubin"
+        return nvrtc(source, archs[0]), "cubin"
 
 
 def cuda_target(argument: str, host: str) -> CudaTarget:
@@ -156,7 +166,17 @@ def cuda_target(argument: str, host: str) -> CudaTarget:
 
 def with_device_functions(source: str, arch: str) -> str:
     """Kernels as nvcc takes them: with our inline PTX in front."""
-    return device_functions(_mma_k(arch)) + source if MARK in source else source
+    if MARK not in source:
+        return source
+    warpgroups = WARPGROUP_MARK in source
+    if warpgroups:  # swizzled stages repeat every 1024 bytes
+        source = source.replace("__shared__ alignas(64)", "__shared__ alignas(1024)")
+    return device_functions(_mma_k(arch), warpgroups=warpgroups) + source
+
+
+def machine_archs(source: str, archs: tuple[str, ...]) -> tuple[str, ...]:
+    """What to compile for: wgmma is in sm_90a alone, whose code runs on every device of compute capability 9.0."""
+    return tuple("sm_90a" if arch == "sm_90" and WARPGROUP_MARK in source else arch for arch in archs)
 
 
 def nvcc(source: str, archs: tuple[str, ...]) -> bytes:

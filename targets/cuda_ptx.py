@@ -54,13 +54,94 @@ __device__ __forceinline__ void awq_pairs_f16(unsigned* d, const void* x) {
   d[1] = __byte_perm(u[0], u[2], 0x7632);
   d[2] = __byte_perm(u[1], u[3], 0x5410);
   d[3] = __byte_perm(u[1], u[3], 0x7632);
+}
+__device__ __forceinline__ void awq_scale_f16(unsigned* d, const void* scale) {
+  unsigned both = *static_cast<const unsigned short*>(scale) * 0x10001u;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(d[i]) : "r"(both));
+}"""
+
+_ASYNC: Final = """
+__device__ __forceinline__ void awq_cp_async_16(void* to, const void* from) {
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
+}
+__device__ __forceinline__ void awq_cp_async_commit() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+}
+""" + "".join(
+    f"""__device__ __forceinline__ void awq_cp_async_wait_{n}() {{
+  asm volatile("cp.async.wait_group {n};" : : : "memory");
+}}
+"""
+    for n in range(3)
+)
+
+
+def _wgmma(columns: int) -> str:
+    """`awq_wgmma_m64nNk16_f16f32(d, a, stage, step)`: d += a b, 16 of K from `step` on; sums are there after a wait.
+
+    b is a stage of N rows of 128 bytes, swizzled, 1024 bytes aligned: PTX ISA, "Matrix descriptor format" of wgmma.
+    """
+    count = columns // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    a = ", ".join(f"%{i}" for i in range(count, count + 4))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void awq_wgmma_m64n{columns}k16_f16f32(
+    float* d, const unsigned* a, const void* stage, int step) {{
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(stage));
+  unsigned long long b = ((at + step * 32) & 0x3ffffu) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+  asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 5}, 0; "
+               "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.f16.f16 "
+               "{{{sums}}}, {{{a}}}, %{count + 4}, p, 1, 1, 0;}}"
+               : {outputs} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+}}"""
+
+
+_WARPGROUP: Final = """
+__device__ __forceinline__ void awq_stage_f16(void* row, const void* x, int first, int swizzle) {
+  const unsigned* u = static_cast<const unsigned*>(x);  // four lanes' 8 halves: 4 words each
+  uint4* pieces = static_cast<uint4*>(row);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    int low = i / 2, which = i % 2 ? 0x7632 : 0x5410;
+    pieces[(first + i) ^ swizzle] =
+        make_uint4(__byte_perm(u[low], u[low + 2], which), __byte_perm(u[4 + low], u[6 + low], which),
+                   __byte_perm(u[8 + low], u[10 + low], which), __byte_perm(u[12 + low], u[14 + low], which));
+  }
+}
+__device__ __forceinline__ void awq_fence_async() {
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+}
+template <int Count>
+__device__ __forceinline__ void awq_wgmma_ready(unsigned* a) {  // decoded before the fence, not behind it
+#pragma unroll
+  for (int i = 0; i < Count; ++i) asm volatile("" : "+r"(a[i]) : : "memory");
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+}
+template <int Count>
+__device__ __forceinline__ void awq_wgmma_end(float* d) {  // nothing reads a sum before the wait
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
+#pragma unroll
+  for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i]) : : "memory");
+}
+__device__ __forceinline__ void awq_wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+}
+__device__ __forceinline__ void awq_wgmma_wait_1() {
+  asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
 }"""
 
 
-def device_functions(newest_k: int) -> str:
-    """All of them; `newest_k` is 16 from sm_80 on, 8 before."""
+def device_functions(newest_k: int, *, warpgroups: bool = False) -> str:
+    """All of them; `newest_k` is 16 from sm_80 on, 8 before. `warpgroups`: also those of sm_90a."""
     sizes = (8, 16) if newest_k == 16 else (8,)
-    return "\n".join([*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE]) + "\n"
+    pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE]
+    pieces += [_ASYNC] if newest_k == 16 else []
+    pieces += [*(_wgmma(columns) for columns in (64, 128)), _WARPGROUP] if warpgroups else []
+    return "\n".join(pieces) + "\n"
 
 
 MARK: Final = "awq_"  # of sources that call one of them
+WARPGROUP_MARK: Final = "awq_wgmma_"

@@ -12,6 +12,8 @@ from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
     FewRows,
+    GemmSchedule,
+    GemvSchedule,
     LinearSchedule,
     MatrixGemmSchedule,
     SimtGemmSchedule,
@@ -91,8 +93,8 @@ class GpuTarget(TargetSpec):
 
     def check(self, problem: MatmulProblem, chosen: LinearSchedule) -> None:
         """Raises `CompileError` naming the limit that a schedule exceeds."""
-        for bucket in ("gemv", "small", "gemm"):
-            schedule = getattr(chosen, bucket)
+        for bucket, schedule in chosen.by_bucket.items():
+            assert not isinstance(schedule, GemvSchedule | GemmSchedule), "a CPU's"
             for what, used, limit in (
                 ("threads in a block", schedule.threads, self.limits.max_threads),
                 ("bytes of shared memory", schedule.shared_bytes, self.limits.shared_bytes),

@@ -25,7 +25,7 @@ def explain(spec: TargetSpec, shares: list[Share], output: Output) -> None:
     rows = []
     for share in shares:
         problem, bucket = share.work.problem, share.work.bucket
-        choice = database.choose(spec, problem, bucket, getattr(spec.rule(problem), bucket))
+        choice = database.choose(spec, problem, bucket, spec.rule(problem).of(bucket))
         words, record = describe_schedule(choice.schedule), choice.record
         output.say(f"{problem.name}, {bucket}, {share.share:.0%} of {_STEPS[bucket]}")
         output.say(f"  {choice.words}: {words}")
@@ -44,7 +44,12 @@ def explain(spec: TargetSpec, shares: list[Share], output: Output) -> None:
     output.result({"target": spec.name, "kernels": rows, "notes": list(database.notes)})
 
 
-_STEPS = {"gemv": "a decode step", "small": "a decode step of a small batch", "gemm": "a prefill"}
+_STEPS = {
+    "gemv": "a decode step",
+    "small": "a decode step of a small batch",
+    "medium": "a decode step of a large batch",
+    "gemm": "a prefill",
+}
 
 
 def list_records(output: Output) -> None:

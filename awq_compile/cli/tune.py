@@ -316,7 +316,7 @@ def _metaschedule(kernels: Kernels, place: Place, trials: int, limit: float | No
             words = f"{work.problem.name} {work.bucket}: {len(good)} of {len(found)} candidates right"
             row: dict[str, Any] = {"kernel": work.problem.name, "bucket": work.bucket, "tried": len(found)}
             if good:
-                rule = getattr(spec.rule(work.problem), work.bucket)
+                rule = spec.rule(work.problem).of(work.bucket)
                 ours = database.choose(spec, work.problem, work.bucket, rule)
                 theirs = min(good, key=lambda m: m.seconds).schedule
                 one, other = measurer.compare(work, [ours.schedule, theirs], FINAL)

@@ -12,12 +12,14 @@ from awq_compile.kernels.column_gemv import emit_column_gemv
 from awq_compile.kernels.linear import LinearArgs, linear_function
 from awq_compile.kernels.mma_gemm import emit_mma_gemm
 from awq_compile.kernels.mma_gemv import emit_mma_gemv
+from awq_compile.kernels.mma_staged import emit_mma_staged
 from awq_compile.kernels.simd_gemm import emit_gemm
 from awq_compile.kernels.simd_gemv import emit_gemv
 from awq_compile.kernels.simdgroup_gemm import emit_simdgroup_gemm
 from awq_compile.kernels.simt_gemm import emit_simt_gemm
 from awq_compile.kernels.simt_gemv import emit_simt_gemv
-from awq_compile.problem import SMALL_ROWS, MatmulProblem
+from awq_compile.kernels.wgmma_gemm import emit_wgmma_gemm
+from awq_compile.problem import MEDIUM_ROWS, SMALL_ROWS, MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
     FewRows,
@@ -28,12 +30,14 @@ from awq_compile.schedules import (
     MatrixGemmSchedule,
     MatrixGemvSchedule,
     SimtGemvSchedule,
+    StagedMatrixSchedule,
+    WarpgroupSchedule,
 )
 
 
 def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
-    """The quantised linear: one function, three kernels, each by the template of its schedule."""
-    check_order(problem, schedule.gemv, schedule.small, schedule.gemm)
+    """The quantised linear: one function, a kernel for each bucket of rows, by the template of its schedule."""
+    check_order(problem, *schedule.by_bucket.values())
     with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args), T.If(args.m == 1):
         with T.Then():
             _few_rows(args, schedule.gemv, 1)
@@ -41,7 +45,14 @@ def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
             with T.Then():
                 _few_rows(args, schedule.small, SMALL_ROWS)
             with T.Else():
-                _many_rows(args, schedule.gemm)
+                if schedule.medium is None:
+                    _many_rows(args, schedule.gemm)
+                else:
+                    with T.If(args.m <= MEDIUM_ROWS):
+                        with T.Then():
+                            _many_rows(args, schedule.medium)
+                        with T.Else():
+                            _many_rows(args, schedule.gemm)
     return builder.get()
 
 
@@ -49,7 +60,7 @@ def bucket_linear(problem: MatmulProblem, bucket: str, schedule: FewRows | ManyR
     """The kernel of one bucket of rows alone, without the dispatch: what tuning builds. It serves M of that bucket."""
     check_order(problem, schedule)
     with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
-        if bucket == "gemm":
+        if bucket in ("medium", "gemm"):
             _many_rows(args, schedule)  # type: ignore[arg-type]
         else:
             _few_rows(args, schedule, 1 if bucket == "gemv" else SMALL_ROWS)  # type: ignore[arg-type]
@@ -59,7 +70,10 @@ def bucket_linear(problem: MatmulProblem, bucket: str, schedule: FewRows | ManyR
 def check_order(problem: MatmulProblem, *schedules: FewRows | ManyRows) -> None:
     """Raises `CompileError` for a template that does not read the weights' order, or does not take K whole."""
     kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
-    nk_only = (GemvSchedule, GemmSchedule, SimtGemvSchedule, MatrixGemvSchedule)
+    nk_only = (
+        *(GemvSchedule, GemmSchedule, SimtGemvSchedule),
+        *(MatrixGemvSchedule, StagedMatrixSchedule, WarpgroupSchedule),
+    )
     for chosen in schedules:
         block = getattr(chosen, "block_k", 1)
         if problem.k % block:
@@ -84,6 +98,10 @@ def _many_rows(args: LinearArgs, schedule: ManyRows) -> None:
         emit_gemm(args, schedule)
     elif isinstance(schedule, MatrixGemvSchedule):
         emit_mma_gemv(args, schedule, None)
+    elif isinstance(schedule, StagedMatrixSchedule):
+        emit_mma_staged(args, schedule)
+    elif isinstance(schedule, WarpgroupSchedule):
+        emit_wgmma_gemm(args, schedule)
     elif isinstance(schedule, MatrixGemmSchedule):
         emit = emit_simdgroup_gemm if schedule.instruction == "simdgroup8x8" else emit_mma_gemm
         emit(args, schedule)

@@ -51,7 +51,7 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
     ):
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first = T.bind(bx * (outputs * s.tiles))
-        rows = [row for i in range(s.tiles) for row in _weight_rows(problem, first + i * outputs, place, pairs)]
+        rows = [row for i in range(s.tiles) for row in weight_rows(problem, first + i * outputs, place, pairs)]
         first_x = 0 if one_block else T.bind(by * across)
         x_rows = [
             0 if max_rows == 1 else T.bind(T.min(first_x + c * COLUMNS + place, args.m32 - 1)) for c in range(s.columns)
@@ -79,7 +79,7 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         _finish(args, s, total, max_rows, first_x, first, lane, warp)
 
 
-def _weight_rows(problem: MatmulProblem, first: Expr, place: Expr, pairs: bool) -> tuple[Expr, Expr]:
+def weight_rows(problem: MatmulProblem, first: Expr, place: Expr, pairs: bool) -> tuple[Expr, Expr]:
     """The rows of W that are a lane's rows g and g + 8; those past N repeat the last."""
     low = T.bind(T.min(first + place, problem.n - 1))
     if pairs:

@@ -93,7 +93,7 @@ def write_bundle(
 
 def candidates_of(work: Work, spec: TargetSpec, database: ScheduleDatabase, trials: int) -> list[Schedule]:
     """What is measured of a work where nothing can be searched for: the first of what a search would begin with."""
-    space, rule = space_of(work.problem, work.bucket, spec), getattr(spec.rule(work.problem), work.bucket)
+    space, rule = space_of(work.problem, work.bucket, spec), spec.rule(work.problem).of(work.bucket)
     ranking = ranked(work.problem, work.rows, spec, space.members, nominal_roof(spec.name))
     first = first_schedules(space, rule, database)
     return list(dict.fromkeys([*first, *different(space, ranking), *ranking]))[:trials]
@@ -172,7 +172,7 @@ def read_results(path: Path) -> Results:
         notes = [f"{path}: {work.name} was not measured to the end" for work in found if work not in final]
         records = []
         for work, (untuned, *finalists) in final.items():
-            if untuned.schedule != getattr(spec.rule(work.problem), work.bucket):
+            if untuned.schedule != spec.rule(work.problem).of(work.bucket):
                 raise CompileError(f"{work.name}: the first of the last measurements is not the untuned schedule")
             if not any(m.status == "ok" for m in (untuned, *finalists)):
                 notes.append(f"{path}: {work.name}: nothing gives the right result there: {untuned.error}")
@@ -213,7 +213,7 @@ def _measurement(data: Any, work: Work, spec: TargetSpec) -> Measurement:
     if not isinstance(data, dict):
         raise CompileError(f"a measurement is expected, found {data!r:.60}")
     found = Measurement.from_json(data)
-    rule = getattr(spec.rule(work.problem), work.bucket)
+    rule = spec.rule(work.problem).of(work.bucket)
     reason = None if found.schedule == rule else why_illegal(work.problem, work.bucket, spec, found.schedule)  # type: ignore[arg-type]
     if reason:
         raise CompileError(f"{work.name}: a schedule that {spec.name} does not have: {reason}")

@@ -23,6 +23,8 @@ from awq_compile.schedules import (
     MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
+    StagedMatrixSchedule,
+    WarpgroupSchedule,
 )
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cpu import CpuTarget
@@ -73,6 +75,8 @@ def estimate(problem: MatmulProblem, rows: int, spec: TargetSpec, schedule: Sche
         return _gpu_gemv(problem, rows, schedule, roof)
     if isinstance(schedule, MatrixGemvSchedule):
         return _matrix_gemv(problem, rows, schedule, roof)
+    if isinstance(schedule, StagedMatrixSchedule | WarpgroupSchedule):
+        return _staged_matrix(problem, rows, schedule, roof)
     assert isinstance(schedule, SimtGemmSchedule | MatrixGemmSchedule)
     return _gpu_gemm(problem, rows, schedule, roof)
 
@@ -173,6 +177,25 @@ def _matrix_gemv(p: MatmulProblem, rows: int, s: MatrixGemvSchedule, roof: Roof)
     per_weight = 1.2 + s.columns * (0.15 + 0.6 / s.tiles)
     compute = p.weight_rows * p.k * across * per_weight / (roof.flops_per_second / 2 * min(1.0, 4 * occupancy))
     return max(memory, compute) / waves + _BARRIER_SECONDS * s.warps * s.tiles * s.columns
+
+
+def _staged_matrix(p: MatmulProblem, rows: int, s: StagedMatrixSchedule | WarpgroupSchedule, roof: Roof) -> float:
+    wide = isinstance(s, WarpgroupSchedule)
+    warps, stages = s.threads // 32, 3 if isinstance(s, WarpgroupSchedule) else s.stages
+    outputs = (8 if p.epilogue.activation == "silu_mul" else 16) * s.tiles * warps
+    blocks = math.ceil(p.n / outputs) * math.ceil(rows / (8 * s.columns))
+    occupancy, waves = _parallel(blocks, s.threads, registers_of(p, s) + _ADDRESSES, s.shared_bytes, roof)
+    # mma.sync reaches two thirds of what wgmma does.
+    products = blocks * 16 * s.tiles * warps * 8 * s.columns * p.k * (1.0 if wide else 1.5)
+    # Thirteen instructions decode and scale a word of eight weights; pairs of x are shared by tiles, or by all warps.
+    pairs = s.columns * 8 * (0.2 if wide else 0.8 * warps)
+    others = blocks * p.k * (s.tiles * 16 * warps * 1.7 + pairs)
+    compute = 2 * products / (roof.matrix_flops_per_second or roof.flops_per_second)
+    compute += others / (roof.flops_per_second / 2)
+    barriers = p.k / 64 * _BARRIER_SECONDS * math.ceil(blocks / roof.units) / stages
+    traffic = blocks * p.k * (s.columns * 16 + warps * s.tiles * 8)
+    memory = traffic / (4 * roof.bytes_per_second)
+    return max(compute / min(1.0, 8 * occupancy), memory) / waves + barriers
 
 
 def _gpu_gemm(p: MatmulProblem, rows: int, s: SimtGemmSchedule | MatrixGemmSchedule, roof: Roof) -> float:

@@ -22,7 +22,7 @@ from typing import Final, Literal
 
 from awq_compile import settings
 from awq_compile.errors import AwqCompileError, CompileError
-from awq_compile.problem import ROW_BUCKETS, MatmulProblem
+from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import ColumnGemvSchedule, GemmSchedule, LinearSchedule
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.record import Record, parse_record, preset_of
@@ -100,7 +100,7 @@ class ScheduleDatabase:
     def choose_linear(self, spec: TargetSpec, problem: MatmulProblem) -> tuple[LinearSchedule, dict[str, Choice]]:
         """The schedules of all buckets, and where each is from."""
         rule = spec.rule(problem)
-        choices = {bucket: self.choose(spec, problem, bucket, getattr(rule, bucket)) for bucket in ROW_BUCKETS}
+        choices = {bucket: self.choose(spec, problem, bucket, untuned) for bucket, untuned in rule.by_bucket.items()}
         return replace(rule, **{bucket: choice.schedule for bucket, choice in choices.items()}), choices  # type: ignore[arg-type]
 
 

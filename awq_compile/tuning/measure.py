@@ -24,7 +24,7 @@ from awq_compile.tuning.foreign import Candidate, decode_candidate, encode_candi
 
 Status = Literal["ok", "wrong", "failed", "crashed", "hung"]
 STATUSES: Final[tuple[Status, ...]] = ("ok", "wrong", "failed", "crashed", "hung")
-ROWS: Final = {"gemv": 1, "small": 4, "gemm": 128}  # M at which a bucket is measured
+ROWS: Final = {"gemv": 1, "small": 4, "medium": 32, "gemm": 128}  # M at which a bucket is measured
 
 
 @dataclass(frozen=True)

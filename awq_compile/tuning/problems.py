@@ -14,19 +14,19 @@ from awq_compile.formats import QuantScheme
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import model_parameters
-from awq_compile.problem import ROW_BUCKETS, MatmulProblem, decode_problem, row_bucket
+from awq_compile.problem import MatmulProblem, decode_problem, row_bucket
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.cost import roofline_seconds
 from awq_compile.tuning.database import ScheduleDatabase
 from awq_compile.tuning.measure import ROWS, Work
 
-_STEPS: Final = {"decode": 1, "batch_decode": ROWS["small"], "prefill": ROWS["gemm"]}
+_STEPS: Final = {"gemv": "decode", "small": "batch_decode", "medium": "batch_decode", "gemm": "prefill"}
 
 
 @dataclass(frozen=True)
 class Share:
-    """A work and what it takes, by the roofline, of one step of decoding (of a batch, in the bucket `small`) or of
+    """A work and what it takes, by the roofline, of one step of decoding (of a batch, in `small` and `medium`) or of
     one prefill: `calls` a step, and `share` of the time of all linears of that step.
     """
 
@@ -41,15 +41,15 @@ def model_works(
     """Every bucket that the model uses of every distinct problem, largest share first within a bucket."""
     one, two = (_calls(replace(config, num_layers=layers), scheme, target, options) for layers in (1, 2))
     found = []
-    for bucket, step in zip(ROW_BUCKETS, _STEPS, strict=True):
+    for bucket, step in _STEPS.items():
         calls: Counter[Work] = Counter()
-        for (function, problem, rows), count in two.items():
-            if function != step:
+        for (function, problem, fixed), count in two.items():
+            if function != step or bucket not in target.rule(problem).by_bucket:
                 continue
-            in_layer = count - one[function, problem, rows]
+            in_layer = count - one[function, problem, fixed]
             total = count + in_layer * (config.num_layers - 2)
             # What a prefill does to the last token only is a GEMV, and counts with those of a decode step.
-            if row_bucket(rows) == bucket:
+            if row_bucket(fixed or ROWS[bucket]) == bucket:
                 calls[Work(problem, bucket, ROWS[bucket])] += total
         seconds = {work: count * roofline_seconds(work.problem, work.rows, roof) for work, count in calls.items()}
         whole = sum(seconds.values())
@@ -59,8 +59,8 @@ def model_works(
 
 def _calls(
     config: ModelConfig, scheme: QuantScheme, target: TargetSpec, options: CompileOptions
-) -> Counter[tuple[str, MatmulProblem, int]]:
-    """(function, problem, rows) → calls in one step."""
+) -> Counter[tuple[str, MatmulProblem, int | None]]:
+    """(function, problem, rows, None where they vary) → calls in one step."""
     import tvm
 
     from awq_compile.compiler import CompileContext, quantize_passes
@@ -74,12 +74,12 @@ def _calls(
     module, _ = export_decoder(config, options, target.dtype)  # with a CPU's KV cache: its kernels take no part
     with tvm_target:
         module = tvm.transform.Sequential(quantize_passes(context))(module)
-    calls: Counter[tuple[str, MatmulProblem, int]] = Counter()
+    calls: Counter[tuple[str, MatmulProblem, int | None]] = Counter()
     for var, function in relax_functions(module):
         name = str(var.name_hint)
-        for binding in bindings_of(function) if name in _STEPS else ():
+        for binding in bindings_of(function) if name in _STEPS.values() else ():
             if (called := called_prim_func(module, binding.value, TAG)) is not None:
                 rows = binding.value.args[1].fields[0].ty.shape[0]  # a constant, or a variable
-                fixed = int(rows) if hasattr(rows, "value") else _STEPS[name]
+                fixed = int(rows) if hasattr(rows, "value") else None
                 calls[name, decode_problem(str(called.attrs[TAG])), fixed] += 1
     return calls

@@ -25,6 +25,8 @@ from awq_compile.schedules import (
     MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
+    StagedMatrixSchedule,
+    WarpgroupSchedule,
 )
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cpu import CpuTarget
@@ -65,7 +67,7 @@ class Space:
 
 def space_of(problem: MatmulProblem, bucket: str, spec: TargetSpec) -> Space:
     """The space around the target's untuned schedule. Raises `CompileError` where the problem fits no schedule."""
-    rule = getattr(spec.rule(problem), bucket)
+    rule = spec.rule(problem).of(bucket)
     choices = _cpu_choices(spec, bucket, rule) if isinstance(spec, CpuTarget) else _gpu_choices(problem, bucket, rule)
     merged = {name: tuple(sorted({*values, getattr(rule, name)})) for name, values in choices.items()}
     space = Space(problem, bucket, spec, template_of(rule), merged)
@@ -117,7 +119,12 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "magic": magic,
         }
     if isinstance(rule, MatrixGemvSchedule):
-        return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": (1, 2, 4) if bucket == "gemm" else (1,)}
+        many = bucket in ("medium", "gemm")
+        return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": (1, 2, 4) if many else (1,)}
+    if isinstance(rule, StagedMatrixSchedule):
+        return {"warps": (2, 4, 8), "tiles": (1, 2, 4), "columns": (4, 8, 16), "stages": (2, 3, 4)}
+    if isinstance(rule, WarpgroupSchedule):
+        return {"warpgroups": (1, 2, 4), "tiles": (1, 2), "columns": (8, 16)}
     if isinstance(rule, MatrixGemmSchedule):
         return {
             "block_m": (16, 32, 64, 128),
@@ -193,8 +200,8 @@ def _why_not_gpu(problem: MatmulProblem, bucket: str, spec: GpuTarget, s: Any) -
     kn = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
     if isinstance(s, SimtGemvSchedule if kn else ColumnGemvSchedule):
         return f"{template_of(s)} does not read weights in {'KN' if kn else 'NK'}"
-    if isinstance(s, MatrixGemvSchedule):
-        return _why_not_matrix_gemv(problem, bucket, spec, s)
+    if isinstance(s, MatrixGemvSchedule | StagedMatrixSchedule | WarpgroupSchedule):
+        return _why_not_matrix(problem, bucket, spec, s)
     if (reason := _why_not_unit(problem, s)) is not None:
         return reason
     if bucket == "gemv" and s.batch != 1:
@@ -228,16 +235,26 @@ def _why_not_gpu(problem: MatmulProblem, bucket: str, spec: GpuTarget, s: Any) -
     )
 
 
-def _why_not_matrix_gemv(problem: MatmulProblem, bucket: str, spec: GpuTarget, s: MatrixGemvSchedule) -> str | None:
+def _why_not_matrix(
+    problem: MatmulProblem,
+    bucket: str,
+    spec: GpuTarget,
+    s: MatrixGemvSchedule | StagedMatrixSchedule | WarpgroupSchedule,
+) -> str | None:
     limits, name = spec.limits, spec.name
+    if isinstance(s, WarpgroupSchedule) and spec.tvm_target.get("arch") != "sm_90":
+        return f"{name} has no wgmma, which is sm_90's"
     if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
         return f"{name} has no tensor cores for {problem.spec.name}"
-    if bucket != "gemm" and s.columns > 1:
-        return f"{8 * s.columns} rows of x for at most 8"
-    if s.warps > problem.k // 128:
-        return f"{s.warps} warps for {problem.k // 128} groups"
-    return _over(s.threads, limits.max_threads, "threads in a block", name) or _over(
-        s.shared_bytes, limits.shared_bytes, "bytes of shared memory", name
+    if isinstance(s, MatrixGemvSchedule):
+        if bucket in ("gemv", "small") and s.columns > 1:
+            return f"{8 * s.columns} rows of x for at most 8"
+        if s.warps > problem.k // 128:
+            return f"{s.warps} warps for {problem.k // 128} groups"
+    return (
+        _over(s.threads, limits.max_threads, "threads in a block", name)
+        or _over(s.shared_bytes, limits.shared_bytes, "bytes of shared memory", name)
+        or _over(registers_of(problem, s), limits.registers, "registers of a thread", name)
     )
 
 
@@ -259,6 +276,10 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
         return s.rows * s.batch + s.unit * s.batch + 2 * s.batch + _words(problem, s.unit)
     if isinstance(s, MatrixGemvSchedule):  # sums, words read and ahead, x of a group, one row's pairs
         return s.tiles * (8 * s.columns + 16 + 8) + 16
+    if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
+        return s.tiles * (4 * s.columns + 16 + 8) + 24
+    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands, x on its way
+        return s.tiles * (4 * s.columns + 16 + 16) + s.columns * 16 // s.threads * 16 + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)
     if isinstance(s, SimtGemmSchedule):

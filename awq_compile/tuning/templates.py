@@ -20,6 +20,8 @@ from awq_compile.schedules import (
     MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
+    StagedMatrixSchedule,
+    WarpgroupSchedule,
 )
 
 Schedule = FewRows | ManyRows
@@ -32,6 +34,8 @@ TEMPLATES: Final[dict[str, type[Schedule]]] = {
     "matrix_gemv": MatrixGemvSchedule,
     "simt_gemm": SimtGemmSchedule,
     "matrix_gemm": MatrixGemmSchedule,
+    "staged_matrix": StagedMatrixSchedule,
+    "warpgroup": WarpgroupSchedule,
 }
 
 # Raised whenever a change of a template in `kernels/` may change which of its schedules is the fastest, or what
@@ -52,7 +56,7 @@ def template_of(schedule: Schedule) -> str:
 
 def fits_bucket(template: str, bucket: str) -> bool:
     """Whether a template serves a bucket of rows."""
-    return template in ANY_ROWS or (template in FEW_ROWS) == (bucket != "gemm")
+    return template in ANY_ROWS or (template in FEW_ROWS) == (bucket in ("gemv", "small"))
 
 
 def encode_schedule(schedule: Schedule) -> dict[str, Any]:

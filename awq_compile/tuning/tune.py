@@ -79,7 +79,7 @@ def tune_work(
     """Finds the schedule of one work. `folder` keeps the log of trials, from which a killed search goes on."""
     start = time.monotonic()
     problem, bucket = work.problem, work.bucket
-    space, rule = space_of(problem, bucket, spec), getattr(spec.rule(problem), bucket)
+    space, rule = space_of(problem, bucket, spec), spec.rule(problem).of(bucket)
     ranking = ranked(problem, work.rows, spec, space.members, roof)
     search = Search(space, first_schedules(space, rule, database), ranking, options.seed)
     with TrialLog(folder / trial_file(measurer, work, spec, options)) as log:
@@ -139,7 +139,7 @@ def proxy_outputs(measurer: Measurer, work: Work, rule: Schedule, plan: Plan) ->
 
 def trial_file(measurer: Measurer, work: Work, spec: TargetSpec, options: Options) -> str:
     """Name of a search's log: whatever changes its measurements changes the name."""
-    template = template_of(getattr(spec.rule(work.problem), work.bucket))
+    template = template_of(spec.rule(work.problem).of(work.bucket))
     determined_by = {
         "device": asdict(measurer.fingerprint()),
         "machine": spec.machine,

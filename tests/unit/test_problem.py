@@ -51,7 +51,8 @@ def test_the_tag_holds_the_whole_problem(problem: MatmulProblem) -> None:
 
 def test_rows_have_three_buckets() -> None:
     """1, 2 to 8, more."""
-    assert [row_bucket(m) for m in (1, 2, 8, 9, 512)] == ["gemv", "small", "small", "gemm", "gemm"]
+    found = [row_bucket(m) for m in (1, 2, 8, 9, 64, 65, 512)]
+    assert found == ["gemv", "small", "small", "medium", "medium", "gemm", "gemm"]
 
 
 @pytest.mark.parametrize(

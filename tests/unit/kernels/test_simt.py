@@ -15,6 +15,8 @@ from awq_compile.schedules import (
     MatrixGemvSchedule,
     SimtGemmSchedule,
     SimtGemvSchedule,
+    StagedMatrixSchedule,
+    WarpgroupSchedule,
 )
 from awq_compile.targets import resolve_target
 
@@ -83,6 +85,26 @@ def test_weights_decoded_in_registers(tiles: int, symmetric: bool) -> None:
     chosen = LinearSchedule(few, few, many)
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
         check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 8, 9, 37))
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        StagedMatrixSchedule(2, 2, 4, 3),
+        StagedMatrixSchedule(4, 1, 8, 4),
+        WarpgroupSchedule(1, 1, 8),
+        WarpgroupSchedule(2, 2, 16),
+    ],
+    ids=lambda s: f"{type(s).__name__}-{s.tiles}",
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_x_staged_in_shared_memory(symmetric: bool, many: StagedMatrixSchedule | WarpgroupSchedule) -> None:
+    """Three groups, so that the ring of stages ends anywhere; tails in M and N; a kernel of its own for few rows."""
+    few = MatrixGemvSchedule(1)
+    chosen = LinearSchedule(few, few, many, medium=MatrixGemvSchedule(1, columns=2))
+    for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
+        problem = MatmulProblem(67, 384, QuantSpec(4, 128, symmetric), epilogue, "float16")
+        check(problem, "cuda", chosen, (9, 64, 65, 131))
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(3, 32), QuantSpec(4, 32), Float16Spec()], ids=lambda s: s.name)

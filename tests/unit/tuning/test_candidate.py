@@ -34,12 +34,12 @@ def trace(work: Work) -> Trace:
     return Trace(json.dumps(_plain(schedule.trace.as_json(remove_postproc=False))))
 
 
-@pytest.mark.parametrize(("bucket", "rows"), [("gemv", 1), ("small", 3), ("gemm", 20)])
+@pytest.mark.parametrize(("bucket", "rows"), [("gemv", 1), ("small", 3), ("gemm", 70)])
 @pytest.mark.parametrize("whose", ["ours", "dlight", "trace"])
 def test_each_kind_computes_the_problem(bucket: str, rows: int, whose: str) -> None:
     """Built alone for this machine and run on the inputs that tuning measures with, against their own oracle."""
     spec, work = resolve_target("cpu"), Work(PROBLEM, bucket, rows)
-    rule = getattr(spec.rule(PROBLEM), bucket)
+    rule = spec.rule(PROBLEM).of(bucket)
     candidate: Candidate = {"ours": rule, "dlight": Dlight(), "trace": trace(work)}[whose]
     assert decode_candidate(encode_candidate(candidate)) == candidate
     assert describe(candidate)

@@ -58,7 +58,7 @@ def record(**changes: Any) -> Record:
 
 
 def rule(problem: MatmulProblem = PROBLEM, bucket: str = "gemv") -> Any:
-    return getattr(SPEC.rule(problem), bucket)
+    return SPEC.rule(problem).of(bucket)
 
 
 def test_exact_then_nearest_then_rule() -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
-from awq_compile.problem import ROW_BUCKETS, Epilogue, MatmulProblem
+from awq_compile.problem import Epilogue, MatmulProblem
 from awq_compile.schedules import GemvSchedule, SimtGemmSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.gpu import GpuTarget
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import estimate, ranked, roofline_seconds
+from awq_compile.tuning.measure import ROWS
 from awq_compile.tuning.space import Space, space_of, why_illegal
 from awq_compile.tuning.templates import (
     TEMPLATES,
@@ -34,6 +35,8 @@ NAMES = (
     "vulkan",
     "metal",
     "cuda:sm_75",
+    "cuda:sm_80",
+    "cuda:sm_90",
 )
 
 
@@ -42,15 +45,29 @@ def problem(target: str, spec: WeightSpec | None = None, activation: str = "silu
     return MatmulProblem(1408, 1024, found, Epilogue(activation=activation), resolve_target(target).dtype)
 
 
-@pytest.mark.parametrize("bucket", ROW_BUCKETS)
-@pytest.mark.parametrize("target", NAMES)
+def buckets_of(*targets: str) -> list[tuple[str, str]]:
+    """(target, bucket) of all kernels."""
+    return [(t, bucket) for t in targets for bucket in resolve_target(t).rule(problem(t)).by_bucket]
+
+
+def test_kernels_of_buckets() -> None:
+    """Every target has those of one, few and many rows; where W is decoded in registers, of medium rows as well."""
+    with_medium = {target for target, bucket in buckets_of(*NAMES) if bucket == "medium"}
+    assert with_medium == {"cuda:sm_80", "cuda:sm_90"}
+    assert set(buckets_of(*NAMES)) >= {(t, b) for t in NAMES for b in ("gemv", "small", "gemm")}
+    with pytest.raises(CompileError, match="medium has no kernel of its own"):
+        space_of(problem("opencl"), "medium", resolve_target("opencl"))
+
+
+@pytest.mark.parametrize(("target", "bucket"), buckets_of(*NAMES))
 def test_members_are_the_legal_combinations(target: str, bucket: str) -> None:
     """Brute force over all values: what is left out is illegal, what is in fits threads and memory of the target."""
     spec, p = resolve_target(target), problem(target)
     space = space_of(p, bucket, spec)
     members = set(space.members)
-    assert len(members) == len(space.members) >= 30
-    assert getattr(spec.rule(p), bucket) in members
+    least = 4 if space.template in ("matrix_gemv", "staged_matrix", "warpgroup") else 30
+    assert len(members) == len(space.members) >= least
+    assert spec.rule(p).of(bucket) in members
     assert space.members == space_of(p, bucket, spec).members
     for values in itertools.product(*space.choices.values()):
         try:
@@ -116,8 +133,7 @@ def test_formats_restrict_units(spec: WeightSpec) -> None:
 def test_schedules_survive_json() -> None:
     """Every template's round trip, and its version and buckets are known."""
     for target in NAMES:
-        for bucket in ROW_BUCKETS:
-            schedule = getattr(resolve_target(target).rule(problem(target)), bucket)
+        for bucket, schedule in resolve_target(target).rule(problem(target)).by_bucket.items():
             assert decode_schedule(encode_schedule(schedule)) == schedule
             assert fits_bucket(template_of(schedule), bucket)
     assert VERSIONS.keys() == TEMPLATES.keys()
@@ -134,12 +150,13 @@ def test_damaged_schedules_are_refused(change: dict[str, object]) -> None:
         decode_schedule({key: value for key, value in data.items() if value is not None})
 
 
-@pytest.mark.parametrize("bucket", ROW_BUCKETS)
-@pytest.mark.parametrize("target", ["cpu:aarch64-linux-gnu", "opencl", "cuda:sm_80", "metal"])
+@pytest.mark.parametrize(
+    ("target", "bucket"), buckets_of("cpu:aarch64-linux-gnu", "opencl", "cuda:sm_80", "cuda:sm_90", "metal")
+)
 def test_no_estimate_beats_the_roofline(target: str, bucket: str) -> None:
     """The ranking is total and stable, and its times are times."""
     spec, p, roof = resolve_target(target), problem(target), nominal_roof(target)
-    rows = {"gemv": 1, "small": 4, "gemm": 128}[bucket]
+    rows = ROWS[bucket]
     space: Space = space_of(p, bucket, spec)
     order = ranked(p, rows, spec, space.members, roof)
     assert set(order) == set(space.members)

@@ -52,6 +52,54 @@ static inline void awq_pairs_f16(uint32_t* d, const void* x) {
     memcpy(d + i, pair, 4);
   }
 }
+static inline void awq_scale_f16(uint32_t* d, const void* scale) {
+  half factor, pair[2];
+  memcpy(&factor, scale, 2);
+  for (unsigned i = 0; i < 4; ++i) {
+    memcpy(pair, d + i, 4);
+    pair[0] = pair[0] * factor, pair[1] = pair[1] * factor;
+    memcpy(d + i, pair, 4);
+  }
+}
+
+// ---- wgmma: the products are there at once; a warp's 16 rows need nothing of the others ----
+static inline void awq_stage_f16(void* row, const void* x, int first, int swizzle) {
+  const half* from = (const half*)x;
+  half* to = (half*)row;
+  for (int i = 0; i < 4; ++i)
+    for (int t = 0; t < 4; ++t)
+      for (int j = 0; j < 2; ++j) to[((first + i) ^ swizzle) * 8 + t * 2 + j] = from[t * 8 + i + j * 4];
+}
+static inline void awq_fence_async() {}
+static inline void awq_wgmma_commit() {}
+static inline void awq_wgmma_wait_1() {}
+template <int Count>
+static inline void awq_wgmma_ready(uint32_t*) {}
+template <int Count>
+static inline void awq_wgmma_end(float*) {}
+template <int N>
+static inline void awq_wgmma(int line, float* d, const uint32_t* a_registers, const void* stage, int step) {
+  struct Registers {
+    uint32_t a[4];
+  } mine;
+  memcpy(mine.a, a_registers, sizeof mine.a);
+  awq_meet(line, 0xFFFFFFFFu, &mine, sizeof mine);
+  int g = (int)awq_lane() / 4, t = (int)awq_lane() % 4;
+  for (int k = 0; k < 16; ++k) {
+    Registers rows = awq_from_lane<Registers>((unsigned)(g * 4 + k % 8 / 2));
+    half low[2], high[2];
+    memcpy(low, &rows.a[k / 8 * 2], 4);
+    memcpy(high, &rows.a[k / 8 * 2 + 1], 4);
+    for (int column = 0; column < N / 4; ++column) {
+      int n = column / 2 * 8 + t * 2 + column % 2, piece = (step * 2 + k / 8) ^ (n % 8);
+      float x = (float)((const half*)stage)[n * 64 + piece * 8 + k % 8];
+      d[column / 2 * 4 + column % 2] += (float)low[k % 2] * x;
+      d[column / 2 * 4 + 2 + column % 2] += (float)high[k % 2] * x;
+    }
+  }
+}
+#define awq_wgmma_m64n64k16_f16f32(d, a, stage, step) awq_wgmma<64>(__LINE__, d, a, stage, step)
+#define awq_wgmma_m64n128k16_f16f32(d, a, stage, step) awq_wgmma<128>(__LINE__, d, a, stage, step)
 
 // ---- ldmatrix: matrix i of 8 x 8 halves has its rows at the addresses of lanes 8i to 8i+7 ----
 template <int Count, bool Transposed, class D>
