@@ -55,6 +55,13 @@ __device__ __forceinline__ void awq_pairs_f16(unsigned* d, const void* x) {
   d[2] = __byte_perm(u[1], u[3], 0x5410);
   d[3] = __byte_perm(u[1], u[3], 0x7632);
 }
+__device__ __forceinline__ void awq_load_16(unsigned* d, const void* from) {  // of what is read once
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(from));
+}
+__device__ __forceinline__ void awq_load_2(void* d, const void* from) {
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(*static_cast<unsigned short*>(d)) : "l"(from));
+}
 __device__ __forceinline__ void awq_scale_f16(unsigned* d, const void* scale) {
   unsigned both = *static_cast<const unsigned short*>(scale) * 0x10001u;
 #pragma unroll

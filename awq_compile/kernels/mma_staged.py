@@ -1,8 +1,8 @@
-"""Many rows of x on tensor cores: W is decoded in registers, as in `mma_gemv`, and x is staged in shared memory.
+"""Many rows of x on tensor cores: W is decoded in registers, as in `mma_weights`, and x is staged in shared memory.
 
 Each warp decodes rows of W of its own and multiplies them by all rows of x that the block has. A stage holds 64 of
 the 128 elements of a group: for each row of x the 16-byte pieces 4 t + w, of lanes t < 4 and two of the words w < 4
-(`mma_gemv` says which weights those are). `cp.async` brings the next stages while one is used. A row's 8 pieces are
+(`mma_weights` says which weights those are). `cp.async` brings the next stages while one is used. A row's 8 pieces are
 stored at (4 w + t) xor 4 (row mod 2), so that 8 lanes that read or write together meet all 32 banks.
 """
 
@@ -14,8 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.mma_gemv import COLUMNS, GROUP, ROWS, weight_rows
-from awq_compile.kernels.mma_weights import TileWeights, call, local, pointer, store_sums
+from awq_compile.kernels.mma_weights import COLUMNS, GROUP, ROWS, TileWeights, call, local, pointer, store_sums
 from awq_compile.kernels.simd import ramp
 from awq_compile.kernels.simt import barrier
 from awq_compile.schedules import StagedMatrixSchedule
@@ -42,8 +41,7 @@ def emit_mma_staged(args: LinearArgs, schedule: StagedMatrixSchedule) -> None:
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first, first_x = T.bind((by * s.warps + warp) * of_warp), T.bind(bx * across)
         firsts = [first + i * outputs for i in range(s.tiles)]
-        rows = [row for tile in firsts for row in weight_rows(problem, tile, place, pairs)]
-        weights = TileWeights(args, rows, t)
+        weights = TileWeights(args, firsts, place, t)
         total = local(s.tiles * s.columns * 4, "float32")
         stages = _Stages(args, s, first_x, T.bind(warp * 32 + lane))
         products = _Products(s, stages.staged, total, place, t)
@@ -53,7 +51,7 @@ def emit_mma_staged(args: LinearArgs, schedule: StagedMatrixSchedule) -> None:
         for stage in range(s.stages - 1):
             stages.begin(stage * stages.size, min(stage // 2, groups - 1), stage % 2)
         with T.serial(0, groups) as group:
-            weights.advance(group)
+            weights.advance(group + 1)
             for half in range(2):
                 number = group * 2 + half
                 ahead = number + (s.stages - 1)
@@ -66,7 +64,7 @@ def emit_mma_staged(args: LinearArgs, schedule: StagedMatrixSchedule) -> None:
                 )
                 slot = stages.slot(number)
                 for w in range(2):
-                    weights.decode(half * 2 + w, products.a)
+                    weights.decode(half * 2 + w, products.a, scaled=True)
                     products.add(slot, w)
         call("awq_cp_async_wait_0")
         whole = problem.n % (of_warp * s.warps) == 0

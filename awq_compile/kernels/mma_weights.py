@@ -1,7 +1,12 @@
 """W on its way to tensor cores: a lane's packed words of 16-row tiles, those of the next group, and the decoded pairs.
 
-The order along K, and which words a lane reads, are those of `mma_gemv`. A decoded weight times its scale is rounded
-to float16, as it is where weights are dequantised in memory.
+W is A of `mma.m16n8k16`. Lane l, with g = l / 4 and t = l % 4, holds A's rows g and g + 8. In which order the 16 steps
+along K are taken is free as long as A and B agree, so a lane decodes whole words: of a group of 128 weights it reads
+the 32 from 32 t on, 16 bytes, and its word w holds the pairs (8 w + a, 8 w + a + 4), a < 4, that two instructions take.
+With `silu_mul`, A's upper 8 rows are gates and its lower 8 the ups.
+
+Fragment layout: PTX ISA, "Matrix fragments for mma.m16n8k16". The decoding is that of Kim et al. 2022, "Who Says
+Elephants Can't Run" (section 4): 0x6400 | q is 1024 + q in float16.
 """
 
 from __future__ import annotations
@@ -13,55 +18,80 @@ from tvm.script.ir_builder import tirx as T
 
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.mma_gemv import GROUP
-from awq_compile.kernels.simd import ramp
+from awq_compile.kernels.simd import cast, ramp
+from awq_compile.problem import MatmulProblem
 
 Expr = Any
 Buffer = Any
 
+GROUP: Final = 128
+ROWS: Final = 16  # of W in one instruction
+COLUMNS: Final = 8  # rows of x in one instruction
 WORDS: Final = 4  # that a lane reads of a group
 
 
 class TileWeights:
-    """`rows`: of each tile the rows g and g + 8 of W, for the lane with g = lane / 4 and t = lane % 4."""
+    """`firsts`: the first output of each tile; `g` and `t` are the lane's."""
 
-    def __init__(self, args: LinearArgs, rows: list[Expr], t: Expr) -> None:
+    def __init__(self, args: LinearArgs, firsts: list[Expr], g: Expr, t: Expr) -> None:
         spec = args.problem.spec
         assert isinstance(spec, QuantSpec)
-        self._args, self._spec, self._rows, self._t = args, spec, rows, t
-        self._groups = args.problem.k // GROUP
-        self._words, self._words_ahead = (local(len(rows) * WORDS, "uint32") for _ in range(2))
-        self._scales, self._scales_ahead = (local(len(rows), "float16") for _ in range(2))
-        self._zeros, self._zeros_ahead = (local(len(rows), "uint32") for _ in range(2))
+        self._args, self._spec, self._t = args, spec, t
+        self._last = args.problem.k // GROUP - 1
+        self._rows = [row for first in firsts for row in _rows(args.problem, first, g)]
+        count = len(self._rows)
+        self._words, self._words_ahead = (local(count * WORDS, "uint32") for _ in range(2))
+        self._scales, self._scales_ahead = (local(count, "float16") for _ in range(2))
+        self._zeros, self._zeros_ahead = (local(count, "uint32") for _ in range(2))
         self._decoded = local(4, "uint32")
 
     def fetch(self, group: Expr) -> None:
-        """Reads a group ahead."""
-        weight = self._args.weight
+        """Reads a group ahead; past the last, that one."""
+        weight, group = self._args.weight, T.bind(T.min(group, self._last))
+        codes = weight[self._args.codes]
         for i, row in enumerate(self._rows):
-            at = ramp((group * 4 + self._t) * WORDS, WORDS)
-            T.buffer_store(self._words_ahead, weight[self._args.codes][row, at], [ramp(i * WORDS, WORDS)])
-            T.buffer_store(self._scales_ahead, weight["q_scale"][row, group], [i])
+            # Loads of C would be put off to where they are used.
+            at = codes.access_ptr("r", offset=row * codes.shape[1] + (group * 4 + self._t) * WORDS)
+            call("awq_load_16", pointer(self._words_ahead, i * WORDS), at)
+            scale = weight["q_scale"].access_ptr("r", offset=row * (self._last + 1) + group)
+            call("awq_load_2", pointer(self._scales_ahead, i), scale)
             zero = self._spec.zero if self._spec.symmetric else weight["q_zero"][row, group]
             T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [i])
 
-    def advance(self, group: Expr) -> None:
-        """`group`, which was read ahead, is the current one; the next is read, after the last that one again."""
+    def advance(self, following: Expr) -> None:
+        """The group that was read ahead is the current one; `following` is read."""
         for i in range(len(self._rows)):
             at = ramp(i * WORDS, WORDS)
             T.buffer_store(self._words, self._words_ahead[at], [at])
             T.buffer_store(self._scales, self._scales_ahead[i], [i])
             T.buffer_store(self._zeros, self._zeros_ahead[i], [i])
-        self.fetch(T.min(group + 1, self._groups - 1))
+        self.fetch(following)
 
-    def decode(self, word: int, a: Buffer) -> None:
-        """Fills `a` with the operands of two instructions a tile, 4 registers each: a word's 8 weights of every row."""
+    def scale(self, row: int) -> Expr:
+        """Of row g (even) or g + 8 (odd) of tile `row` / 2, in float32."""
+        return T.bind(cast("float32", self._scales[row], 1))
+
+    def decode(self, word: int, a: Buffer, *, scaled: bool) -> None:
+        """Fills `a` with the operands of two instructions a tile, 4 registers each: a word's 8 weights of every row.
+
+        Codes without their zero points are exact. Times their scale they are rounded to float16, as where weights are
+        dequantised in memory.
+        """
         for row in range(len(self._rows)):
             tile, half = divmod(row, 2)
             call("awq_decode_u4", pointer(self._decoded, 0), self._words[row * WORDS + word], self._zeros[row])
-            call("awq_scale_f16", pointer(self._decoded, 0), pointer(self._scales, row))
+            if scaled:
+                call("awq_scale_f16", pointer(self._decoded, 0), pointer(self._scales, row))
             for pair in range(4):  # a[0], a[2] of the first instruction, then of the second
                 T.buffer_store(a, self._decoded[pair], [tile * 8 + pair // 2 * 4 + pair % 2 * 2 + half])
+
+
+def _rows(problem: MatmulProblem, first: Expr, g: Expr) -> tuple[Expr, Expr]:
+    """The rows of W that are a tile's rows g and g + 8; those past N repeat the last."""
+    low = T.bind(T.min(first + g, problem.n - 1))
+    if problem.epilogue.activation == "silu_mul":
+        return low, T.bind(low + problem.n)
+    return low, T.bind(T.min(first + g + 8, problem.n - 1))
 
 
 def local(count: int, dtype: str) -> Buffer:

@@ -1,7 +1,7 @@
 """Many rows of x on Hopper's tensor cores: W is decoded into the registers of `wgmma`, x staged in shared memory.
 
 W is the instruction's A, 64 rows of it in a warpgroup's registers: each of its four warps holds 16 as `mma.m16n8k16`
-does, so that `mma_gemv` says which weights a lane decodes for which of the 16 steps along K. x is its B, all rows of
+does, so that `mma_weights` says which weights a lane decodes for which of the 16 steps along K. x is its B, all rows of
 it that the block has, with the steps along K in that same order: a thread takes a word's 8 elements of all four lanes,
 pairs them as the decoding does, and writes them as four pieces of 16 bytes.
 
@@ -19,8 +19,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.mma_gemv import COLUMNS, GROUP, ROWS, weight_rows
-from awq_compile.kernels.mma_weights import TileWeights, call, local, pointer, store_sums
+from awq_compile.kernels.mma_weights import COLUMNS, GROUP, ROWS, TileWeights, call, local, pointer, store_sums
 from awq_compile.kernels.simd import ramp
 from awq_compile.kernels.simt import barrier
 from awq_compile.schedules import WarpgroupSchedule
@@ -51,8 +50,7 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
         first = T.bind((by * s.warpgroups + warp // _WARPS) * of_group + warp % _WARPS * outputs)
         first_x = T.bind(bx * across)
         firsts = [first + i * (outputs * _WARPS) for i in range(s.tiles)]
-        rows = [row for tile in firsts for row in weight_rows(problem, tile, place, pairs)]
-        weights = TileWeights(args, rows, t)
+        weights = TileWeights(args, firsts, place, t)
         total = local(s.tiles * s.columns * 4, "float32")
         operands = [local(s.tiles * 8, "uint32") for _ in range(2)]
         staging = _Staging(args, s, first_x, T.bind(warp * 32 + lane))
@@ -63,7 +61,7 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
         staging.write(0)
         staging.fetch(0, 1)  # a group has two stages
         with T.serial(0, stages // 2) as group:
-            weights.advance(group)
+            weights.advance(group + 1)
             for half in range(2):
                 number = group * 2 + half
                 call("awq_fence_async")
@@ -71,7 +69,7 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
                 slot = T.bind(number % 3 * staging.size)
                 for w in range(2):
                     call("awq_wgmma_wait_1")  # products with these operands have ended
-                    weights.decode(half * 2 + w, operands[w])
+                    weights.decode(half * 2 + w, operands[w], scaled=True)
                     call(f"awq_wgmma_ready<{s.tiles * 8}>", pointer(operands[w], 0))
                     for i, step in ((i, step) for i in range(s.tiles) for step in range(2)):
                         call(

@@ -52,6 +52,11 @@ static inline void awq_pairs_f16(uint32_t* d, const void* x) {
     memcpy(d + i, pair, 4);
   }
 }
+static inline void awq_load_16(uint32_t* d, const void* from) {
+  if ((uintptr_t)from % 16) __builtin_trap();
+  memcpy(d, from, 16);
+}
+static inline void awq_load_2(void* d, const void* from) { memcpy(d, from, 2); }
 static inline void awq_scale_f16(uint32_t* d, const void* scale) {
   half factor, pair[2];
   memcpy(&factor, scale, 2);
