@@ -107,16 +107,20 @@ class SimtGemvSchedule:
 class MatrixGemvSchedule:
     """For `kernels.mma_gemv`, any number of rows: a block takes `tiles` times 16 rows of W, `columns` times 8 of x.
 
-    Its `warps` share the groups along K.
+    Its `warps` share the groups along K. `stages`: 1, where a group's words are read into registers while the one
+    before is multiplied; else so many groups have a place in shared memory, all but one of them on their way.
     """
 
     warps: int
     tiles: int = 1
     columns: int = 1
+    stages: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.warps <= 32 or self.tiles not in (1, 2, 4) or self.columns not in (1, 2, 4, 8):
             raise CompileError(f"illegal {self}: 1 to 32 warps, tiles one of (1, 2, 4), columns of (1, 2, 4, 8)")
+        if self.stages not in (1, 2, 3, 4):
+            raise CompileError(f"illegal {self}: 1 to 4 stages")
 
     @property
     def threads(self) -> int:
@@ -125,8 +129,9 @@ class MatrixGemvSchedule:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of the warps' sums."""
-        return self.threads * self.tiles * self.columns * 16
+        """Shared memory of the warps' sums, and of words on their way."""
+        words = 0 if self.stages == 1 else self.stages * self.tiles * 32
+        return self.threads * (self.tiles * self.columns * 16 + words)
 
     @staticmethod
     def takes(spec: WeightSpec) -> bool:

@@ -3,7 +3,7 @@
 W is the instruction's A, as `mma_weights` says; x its B, whose 8 columns are rows of x: lane l holds column l / 4, and
 reads 16 bytes of it for a word of W. Products are exact and sums float32; a group's sum is scaled once.
 
-Warps of a block take groups in turn, and their sums meet in shared memory. The next group's words are on their
+Warps of a block take groups in turn, and their sums meet in shared memory. The next groups' words are on their
 way while one is decoded.
 """
 
@@ -39,7 +39,8 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
     ):
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first = T.bind(bx * (outputs * s.tiles))
-        weights = TileWeights(args, [first + i * outputs for i in range(s.tiles)], place, t)
+        firsts, thread = [first + i * outputs for i in range(s.tiles)], T.bind(warp * 32 + lane)
+        weights = TileWeights(args, firsts, place, t, stages=s.stages, thread=thread, threads=s.threads)
         first_x = 0 if one_block else T.bind(by * across)
         x_rows = [
             0 if max_rows == 1 else T.bind(T.min(first_x + c * COLUMNS + place, args.m32 - 1)) for c in range(s.columns)
@@ -47,10 +48,11 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         total = local(s.tiles * s.columns * 4, "float32")
         for i in range(s.tiles * s.columns * 4):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
-        weights.fetch(warp)
+        for i in range(weights.ahead):
+            weights.fetch(warp + i * s.warps, i, place=i)
         with T.serial(0, -(-groups // s.warps)) as turn:
             group = T.bind(turn * s.warps + warp)
-            weights.advance(group + s.warps)
+            weights.advance(group + s.warps * weights.ahead, turn)
             with branch(group < groups, always=groups % s.warps == 0):
                 _one_group(args, s, weights, total, group, x_rows, t)
         _finish(args, s, total, max_rows, first_x, first, lane, warp)
@@ -99,6 +101,9 @@ def _finish(
     problem = args.problem
     pairs = problem.epilogue.activation == "silu_mul"
     outputs, sums = ROWS // 2 if pairs else ROWS, s.tiles * s.columns * 4
+    if s.stages > 1:  # sums may lie where words did
+        call("awq_cp_async_wait_0")
+        barrier()
     shared = T.alloc_buffer((s.warps * sums * 32,), "float32", scope="shared")
     for i in range(sums):
         T.buffer_store(shared, total[i], [(warp * sums + i) * 32 + lane])

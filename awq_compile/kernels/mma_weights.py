@@ -31,41 +31,80 @@ WORDS: Final = 4  # that a lane reads of a group
 
 
 class TileWeights:
-    """`firsts`: the first output of each tile; `g` and `t` are the lane's."""
+    """`firsts`: the first output of each tile; `g` and `t` are the lane's.
 
-    def __init__(self, args: LinearArgs, firsts: list[Expr], g: Expr, t: Expr) -> None:
+    The next groups' words wait in registers (`stages` 1), or in the places that each of the block's `threads` has in
+    shared memory, `stages` of them; a thread reads only what it wrote itself.
+    """
+
+    def __init__(
+        self,
+        args: LinearArgs,
+        firsts: list[Expr],
+        g: Expr,
+        t: Expr,
+        *,
+        stages: int = 1,
+        thread: Expr = 0,
+        threads: int = 0,
+    ) -> None:
         spec = args.problem.spec
         assert isinstance(spec, QuantSpec)
         self._args, self._spec, self._t = args, spec, t
         self._last = args.problem.k // GROUP - 1
         self._rows = [row for first in firsts for row in _rows(args.problem, first, g)]
+        self._stages, self._thread, self._threads = stages, thread, threads
+        self.ahead: Final = max(1, stages - 1)  # groups
         count = len(self._rows)
-        self._words, self._words_ahead = (local(count * WORDS, "uint32") for _ in range(2))
-        self._scales, self._scales_ahead = (local(count, "float16") for _ in range(2))
-        self._zeros, self._zeros_ahead = (local(count, "uint32") for _ in range(2))
+        self._words = local(count * WORDS, "uint32")
+        self._waiting = (
+            local(count * WORDS, "uint32")
+            if stages == 1
+            else T.alloc_buffer((stages * count * threads * WORDS,), "uint32", scope="shared")
+        )
+        self._scales, self._scales_ahead = local(count, "float16"), local(count * self.ahead, "float16")
+        self._zeros, self._zeros_ahead = local(count, "uint32"), local(count * self.ahead, "uint32")
         self._decoded = local(4, "uint32")
 
-    def fetch(self, group: Expr) -> None:
-        """Reads a group ahead; past the last, that one."""
+    def fetch(self, group: Expr, number: Expr = 0, place: int | None = None) -> None:
+        """Reads a group ahead; past the last, that one.
+
+        `number`: how many were read before; `place`: which of those ahead it is, the last unless given.
+        """
         weight, group = self._args.weight, T.bind(T.min(group, self._last))
-        codes = weight[self._args.codes]
+        codes, place = weight[self._args.codes], self.ahead - 1 if place is None else place
         for i, row in enumerate(self._rows):
             # Loads of C would be put off to where they are used.
             at = codes.access_ptr("r", offset=row * codes.shape[1] + (group * 4 + self._t) * WORDS)
-            call("awq_load_16", pointer(self._words_ahead, i * WORDS), at)
+            name = "awq_load_16" if self._stages == 1 else "awq_cp_async_16"
+            call(name, pointer(self._waiting, self._place(number, i)), at)
             scale = weight["q_scale"].access_ptr("r", offset=row * (self._last + 1) + group)
-            call("awq_load_2", pointer(self._scales_ahead, i), scale)
+            call("awq_load_2", pointer(self._scales_ahead, place * len(self._rows) + i), scale)
             zero = self._spec.zero if self._spec.symmetric else weight["q_zero"][row, group]
-            T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [i])
+            T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [place * len(self._rows) + i])
+        if self._stages > 1:
+            call("awq_cp_async_commit")
 
-    def advance(self, following: Expr) -> None:
-        """The group that was read ahead is the current one; `following` is read."""
-        for i in range(len(self._rows)):
-            at = ramp(i * WORDS, WORDS)
-            T.buffer_store(self._words, self._words_ahead[at], [at])
-            T.buffer_store(self._scales, self._scales_ahead[i], [i])
-            T.buffer_store(self._zeros, self._zeros_ahead[i], [i])
-        self.fetch(following)
+    def advance(self, following: Expr, number: Expr = 0) -> None:
+        """Group `number` of those that were read is the current one; `following` is read, `ahead` behind it."""
+        count = len(self._rows)
+        if self._stages > 1:
+            call(f"awq_cp_async_wait_{self._stages - 2}")
+        for i in range(count):
+            waiting = self._waiting[ramp(self._place(number, i), WORDS)]
+            T.buffer_store(self._words, waiting, [ramp(i * WORDS, WORDS)])
+        for now, later in ((self._scales, self._scales_ahead), (self._zeros, self._zeros_ahead)):
+            for i in range(count):
+                T.buffer_store(now, later[i], [i])
+            for i in range(count * (self.ahead - 1)):
+                T.buffer_store(later, later[i + count], [i])
+        self.fetch(following, number + self.ahead)
+
+    def _place(self, number: Expr, row: int) -> Expr:
+        """Of a row's words."""
+        if self._stages == 1:
+            return row * WORDS
+        return ((number % self._stages * len(self._rows) + row) * self._threads + self._thread) * WORDS
 
     def scale(self, row: int) -> Expr:
         """Of row g (even) or g + 8 (odd) of tile `row` / 2, in float32."""

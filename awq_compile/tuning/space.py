@@ -120,7 +120,8 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
         }
     if isinstance(rule, MatrixGemvSchedule):
         many = bucket in ("medium", "gemm")
-        return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": (1, 2, 4) if many else (1,)}
+        columns = (1, 2, 4) if many else (1,)
+        return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": columns, "stages": (1, 2, 3, 4)}
     if isinstance(rule, StagedMatrixSchedule):
         return {"warps": (2, 4, 8), "tiles": (1, 2, 4), "columns": (4, 8, 16), "stages": (2, 3, 4)}
     if isinstance(rule, WarpgroupSchedule):

@@ -76,12 +76,12 @@ def test_matrix_instructions(spec: WeightSpec, instruction: str) -> None:
         check(MatmulProblem(72, 256, spec, epilogue, "float16"), kind, chosen, (9, 70))
 
 
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize(("tiles", "stages"), [(1, 1), (2, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_weights_decoded_in_registers(tiles: int, symmetric: bool) -> None:
+def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) -> None:
     """Three warps share four groups unevenly; tails in N; gates beside their ups."""
     spec = QuantSpec(4, 128, symmetric)
-    few, many = MatrixGemvSchedule(3, tiles), MatrixGemvSchedule(tiles, tiles, 2 * tiles)
+    few, many = MatrixGemvSchedule(3, tiles, 1, stages), MatrixGemvSchedule(tiles, tiles, 2 * tiles, stages)
     chosen = LinearSchedule(few, few, many)
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
         check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 8, 9, 37))
