@@ -20,6 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from filelock import FileLock
+
 from awq_compile import settings
 from awq_compile.errors import AwqCompileError, CompileError
 from awq_compile.problem import MatmulProblem
@@ -165,11 +167,13 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def add_records(path: Path, new: Iterable[Record]) -> None:
-    """Puts records into a file, where each replaces the former one of its key and device."""
+    """Puts records into a file, where each replaces the former one of its key and device; other processes wait."""
     fresh = {(record.key, record.device): record for record in new}
-    old = read_records(path)[0] if path.exists() else []
-    kept = [record for record in old if (record.key, record.device) not in fresh]
-    write_records(path, sorted([*kept, *fresh.values()], key=Record.line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        old = read_records(path)[0] if path.exists() else []
+        kept = [record for record in old if (record.key, record.device) not in fresh]
+        write_records(path, sorted([*kept, *fresh.values()], key=Record.line))
 
 
 def user_folder() -> Path:

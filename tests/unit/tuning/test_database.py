@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,15 @@ def test_adding_replaces_the_former_result(tmp_path: Path) -> None:
     add_records(path, [record(), other])
     add_records(path, [record(seconds=2e-4)])
     assert sorted(r.seconds for r in read_records(path)[0]) == [1e-4, 2e-4]
+
+
+def test_nothing_is_lost_where_two_add_at_once(tmp_path: Path) -> None:
+    """Each reads the file, adds its own and writes it: one after the other."""
+    path, sizes = tmp_path / "x.jsonl", range(64, 64 + 24)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(add_records, path, [record(problem=replace(PROBLEM, n=n))]) for n in sizes]:
+            done.result()
+    assert sorted(r.problem.n for r in read_records(path)[0]) == list(sizes)
 
 
 @pytest.mark.parametrize(
