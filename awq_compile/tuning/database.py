@@ -169,8 +169,9 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 def add_records(path: Path, new: Iterable[Record]) -> None:
     """Puts records into a file, where each replaces the former one of its key and device; other processes wait."""
     fresh = {(record.key, record.device): record for record in new}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    lock = user_folder().with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
         old = read_records(path)[0] if path.exists() else []
         kept = [record for record in old if (record.key, record.device) not in fresh]
         write_records(path, sorted([*kept, *fresh.values()], key=Record.line))

@@ -1,4 +1,4 @@
-"""The devices of this machine: its CPU through TVM's runtime, and OpenCL devices through their own driver."""
+"""The devices of this machine: its CPU in this process, OpenCL devices through their driver, others through TVM."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
 from awq_compile.tuning.measure import Work
 from awq_compile.tuning.peaks import cpu_roof, opencl_roof
+from awq_compile.tuning.runtime_device import RuntimeDevice
 from awq_compile.tuning.timing import Device, Kernel, last_level_cache_bytes
 from awq_compile.verify.executors.base import DeviceCode, Size3
 from awq_compile.verify.executors.opencl import scalar_types, split_kernels
@@ -37,10 +38,7 @@ def open_device(spec: TargetSpec) -> Device:
         return CpuDevice(spec)
     if kind == "opencl":
         return OpenCLDevice(spec)
-    raise EnvironmentMissingError(
-        f"nothing on this machine runs and times kernels for {spec.name}",
-        hint="measure on a machine that has the device, over RPC or by a bundle: awq-compile tune --help",
-    )
+    return RuntimeDevice(spec)
 
 
 class CpuDevice:

@@ -12,8 +12,6 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -23,17 +21,16 @@ from awq_compile.errors import EnvironmentMissingError
 from awq_compile.runtime.lean_tvm import tvm
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof, nominal_roof
-from awq_compile.tuning.candidate import KERNEL
 from awq_compile.tuning.export import export_kernel, kernel_suffix
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
 from awq_compile.tuning.measure import Work
+from awq_compile.tuning.runtime_device import RuntimeKernel, identify
 from awq_compile.tuning.timing import Kernel
 from awq_compile.tuning.tracker import Address, Tracker
 
 LOST: Final = 75  # EX_TEMPFAIL
-_FLUSH_BYTES: Final = 128 << 20  # copied before a cold run on a GPU: more than the caches of those of `targets.roofs`
 _FREE_SECONDS: Final = 5.0  # in which a server that ended a session offers its device again
 _SESSION_SECONDS: Final = 3600  # after which a server frees a device whose kernel hangs
 
@@ -93,7 +90,7 @@ class RpcDevice:
             except Exception:
                 self.check()
                 raise
-        return RpcKernel(self, module, self._inputs, self._arguments)
+        return RuntimeKernel(self, module, self._inputs, self._arguments)
 
     def check(self) -> None:
         """Ends this process if the device does not answer any more."""
@@ -106,45 +103,7 @@ class RpcDevice:
         if kind == "llvm":
             threads = int(self.session.get_function("runtime.NumThreads")())
             return Fingerprint(key or self.where, "cpu", f"{self.spec.machine}, {threads} threads over RPC", threads)
-        name, units = str(self.device.device_name or key or self.where), 0
-        with suppress(Exception):  # not every runtime tells
-            units = int(self.device.multi_processor_count or 0)
-        return Fingerprint(name, "gpu", f"TVM {kind}", units)
-
-
-@dataclass
-class RpcKernel:
-    """See `Kernel`."""
-
-    device: RpcDevice
-    module: Any
-    inputs: Inputs
-    arguments: list[Any]
-    last: int = -1
-
-    def run(self, copy: int) -> float:
-        """See `Kernel`. The evaluator runs once unmeasured, then flushes, then measures."""
-        cold, self.last = copy != self.last, copy
-        cpu = self.device.fingerprint.kind == "cpu"
-        flush = _FLUSH_BYTES if cold and not cpu else 0
-        before = "cache_flush_cpu_non_first_arg" if cold and cpu else ""
-        try:
-            evaluator = self.module.time_evaluator(
-                KERNEL, self.device.device, number=1, repeat=1, cache_flush_bytes=flush, f_preproc=before
-            )
-            return float(evaluator(*self.arguments).results[0])
-        except Exception:
-            self.device.check()
-            raise
-
-    def wrong(self) -> str:
-        """See `Kernel`."""
-        try:
-            y, x = self.arguments[-1].numpy(), self.arguments[0].numpy()
-        except Exception:
-            self.device.check()
-            raise
-        return self.inputs.wrong(y, x)
+        return identify(self.device, kind, key or self.where)
 
 
 def free_server(address: Address, key: str) -> tuple[Address, str]:

@@ -18,6 +18,7 @@ from awq_compile.targets import resolve_target
 from awq_compile.tuning.inputs import PERIOD, make_inputs
 from awq_compile.tuning.local import LocalMeasurer
 from awq_compile.tuning.measure import Measurement, Plan, Times, Work
+from awq_compile.tuning.runtime_device import RuntimeDevice
 from awq_compile.tuning.timing import in_turns
 from awq_compile.verify.oracles.linear import linear
 
@@ -48,6 +49,23 @@ def test_a_comparison_survives_its_members(measurer: LocalMeasurer) -> None:
     found = measurer.compare(WORK, [fake(GOOD, 4), fake(CRASHES), fake(WRONG), fake(GOOD, 2)], QUICK)
     assert [m.status for m in found] == ["ok", "crashed", "wrong", "ok"]
     assert found[0].seconds > found[3].seconds
+
+
+def test_a_device_of_tvms_runtime() -> None:
+    """The CPU stands for a GPU: a kernel is exported, loaded, checked against the oracle and timed."""
+    spec = resolve_target("cpu")
+    work = Work(MatmulProblem(96, 128, QuantSpec(4, 32)), "gemv", 1)
+    device, inputs = RuntimeDevice(spec), make_inputs(work)
+    device.prepare(inputs)
+    kernel = device.load(work, spec.rule(work.problem).gemv)
+    assert kernel.run(0) > 0 and kernel.run(0) > 0 and kernel.run(1) > 0
+    assert kernel.wrong() == ""
+    device.prepare(replace(inputs, expected=inputs.expected + 1))
+    kernel = device.load(work, spec.rule(work.problem).gemv)
+    kernel.run(0)
+    assert kernel.wrong() != ""
+    with pytest.raises(EnvironmentMissingError, match="TVM's runtime finds no metal device"):
+        RuntimeDevice(resolve_target("metal"))
 
 
 def test_a_worker_that_does_not_start_is_an_error() -> None:
