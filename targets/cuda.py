@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
-from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
@@ -89,12 +88,10 @@ class CudaTarget(GpuTarget):
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
         few = _matrix_gemv(problem)
-        # With zero points to keep, or groups that two warps share unevenly, four tiles take more registers than exist.
-        tiles = 4 if isinstance(problem.spec, QuantSpec) and problem.spec.symmetric else 2
-        medium = MatrixGemvSchedule(1 if problem.k // 128 % 2 else 2, tiles, columns=4)
-        many: StagedMatrixSchedule | WarpgroupSchedule = StagedMatrixSchedule(4, 2, 16)
+        medium = MatrixGemvSchedule(min(problem.k // 128, 8), 2, columns=4)
+        many: StagedMatrixSchedule | WarpgroupSchedule = StagedMatrixSchedule(4, 2, 8, 3)
         if self.archs == ("sm_90",):
-            many = WarpgroupSchedule(2, 2 if tiles == 4 and problem.weight_rows >= 8192 else 1, 16)
+            many = WarpgroupSchedule(2, 2 if problem.weight_rows >= 8192 else 1, 16)
         return replace(chosen, gemv=few, small=few, medium=medium, gemm=many)
 
     @contextmanager
