@@ -2,7 +2,8 @@
 
     DIR/bundle.json    works, candidates, how long to measure
     DIR/measure.py     needs TVM's runtime only
-    DIR/w0/…           arrays and libraries of a work
+    DIR/arrays/…       arrays, each once and named by its contents, and of what repeats along an axis the first part
+    DIR/w0/…           libraries of a work
 
 Results are JSON lines, read as from a stranger: a header that names target and versions, then what was found.
 """
@@ -15,8 +16,12 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +34,7 @@ from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import ranked
 from awq_compile.tuning.database import ScheduleDatabase
 from awq_compile.tuning.export import export_kernel, kernel_suffix
-from awq_compile.tuning.inputs import make_inputs
+from awq_compile.tuning.inputs import PERIOD, ROWS_PERIOD, make_inputs
 from awq_compile.tuning.measure import FINAL, SEARCH, Measurement, Plan, Work
 from awq_compile.tuning.record import Record, parse_problem, parse_record, tvm_version
 from awq_compile.tuning.search import different
@@ -50,6 +55,7 @@ def write_bundle(
     *,
     trials: int,
     seed: int = 0,
+    jobs: int = 1,
     search: Plan = SEARCH,
     final: Plan = FINAL,
     on_work: Callable[[Work, int], None] = lambda _work, _count: None,
@@ -57,20 +63,33 @@ def write_bundle(
     """Writes `folder` whole or not at all, with up to `trials` candidates of each work; returns how many.
 
     The first of a work is the target's untuned schedule; then those of similar problems and the analytical ranking.
+    With several `jobs`, as many processes compile.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists", hint="choose another folder for the bundle")
     suffix, kind = kernel_suffix(spec), str(spec.tvm_target["kind"])
     if kind not in _KINDS:
         raise UsageError(f"bundles are not made for {spec.name}")
-    partial, count = folder.with_name(f".{folder.name}.{os.getpid()}"), 0
-    with disk_errors(folder):
+    unfinished, count = folder.with_name(f".{folder.name}.{os.getpid()}"), 0
+    with disk_errors(folder), ExitStack() as stack:
+        run: Callable[..., Any] = map
+        if jobs > 1:
+            run = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"))).map
         try:
+            (unfinished / "arrays").mkdir(parents=True)
             described = []
             for at, work in enumerate(works):
-                inside = partial / f"w{at}"
-                inside.mkdir(parents=True)
-                found = _write_work(inside, work, candidates_of(work, spec, database, trials), spec, suffix, seed)
+                schedules = candidates_of(work, spec, database, trials)
+                (unfinished / f"w{at}").mkdir()
+                paths = [f"w{at}/{i}{suffix}" for i in range(len(schedules))]
+                whole = [unfinished / path for path in paths]
+                errors = run(partial(_export, work, spec), schedules, whole)
+                found = _arrays(unfinished, work, seed) | {
+                    "candidates": [
+                        {"schedule": encode_schedule(schedule)} | ({"error": error} if error else {"file": path})
+                        for schedule, path, error in zip(schedules, paths, errors, strict=True)
+                    ]
+                }
                 described.append(found)
                 count += len(found["candidates"])
                 on_work(work, count)
@@ -82,12 +101,12 @@ def write_bundle(
                 "works": described,
             }
             digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
-            (partial / "bundle.json").write_text(json.dumps({"bundle": digest} | body), encoding="utf-8")
+            (unfinished / "bundle.json").write_text(json.dumps({"bundle": digest} | body), encoding="utf-8")
             script = (files("awq_compile.tuning") / "far.py").read_text(encoding="utf-8")
-            (partial / "measure.py").write_text(script, encoding="utf-8")
-            partial.rename(folder)
+            (unfinished / "measure.py").write_text(script, encoding="utf-8")
+            unfinished.rename(folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return count
 
 
@@ -99,31 +118,43 @@ def candidates_of(work: Work, spec: TargetSpec, database: ScheduleDatabase, tria
     return list(dict.fromkeys([*first, *different(space, ranking), *ranking]))[:trials]
 
 
-def _write_work(
-    folder: Path, work: Work, schedules: Sequence[Schedule], spec: TargetSpec, suffix: str, seed: int
-) -> dict[str, Any]:
+def _export(work: Work, spec: TargetSpec, schedule: Schedule, path: Path) -> str:
+    """Why a candidate has no file; empty where it has one."""
+    try:
+        export_kernel(work, schedule, spec, path)
+    except Exception as error:  # TVM raises what it likes
+        return f"{type(error).__name__}: {error}"[:400]
+    return ""
+
+
+def _arrays(folder: Path, work: Work, seed: int) -> dict[str, Any]:
+    """Writes what a work's candidates are run with and must compute; returns the work's description."""
     inputs = make_inputs(work, seed)
-    arrays = {f"a{i}": a for i, a in enumerate([inputs.x, *inputs.weight, *inputs.extra])}
-    results = {"y": inputs.output(), "expected": inputs.expected, "bound": inputs.bound}
-    for name, array in (arrays | results).items():
-        np.save(folder / f"{name}.npy", np.ascontiguousarray(array), allow_pickle=False)
-    candidates = []
-    for i, schedule in enumerate(schedules):
-        candidate: dict[str, Any] = {"schedule": encode_schedule(schedule)}
-        try:
-            export_kernel(work, schedule, spec, folder / f"{i}{suffix}")
-            candidate["file"] = f"{folder.name}/{i}{suffix}"
-        except Exception as error:  # TVM raises what it likes
-            candidate["error"] = f"{type(error).__name__}: {error}"[:400]
-        candidates.append(candidate)
+    given = [inputs.x, *inputs.weight, *inputs.extra]
+    results = [inputs.output(), inputs.expected, inputs.bound]
     return {
         "problem": asdict(work.problem),
         "bucket": work.bucket,
         "rows": work.rows,
-        "arrays": [f"{folder.name}/{name}.npy" for name in arrays],
-        "expected": [f"{folder.name}/{name}.npy" for name in results],
-        "candidates": candidates,
+        "arrays": [_keep(folder, array) for array in given],
+        "expected": [_keep(folder, array) for array in results],
     }
+
+
+def _keep(folder: Path, array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Writes an array unless an equal one is there. `shape` is the whole one's, over which the stored one repeats."""
+    stored = array
+    for axis, length in enumerate(array.shape):
+        for period in (1, ROWS_PERIOD, PERIOD):
+            if period < length and np.array_equal(stored, stored.take(np.arange(length) % period, axis)):
+                stored = stored.take(np.arange(period), axis)
+                break
+    stored = np.ascontiguousarray(stored)
+    digest = hashlib.sha256(f"{stored.shape} {stored.dtype}".encode() + stored.tobytes()).hexdigest()
+    name = f"arrays/{digest[:16]}.npy"
+    if not (folder / name).exists():
+        np.save(folder / name, stored, allow_pickle=False)
+    return {"file": name, "shape": list(array.shape)}
 
 
 @dataclass(frozen=True)

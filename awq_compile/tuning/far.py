@@ -1,14 +1,15 @@
 """Measures a bundle of compiled kernels; goes along with it as `measure.py`. Needs NumPy, tvm_ffi and libtvm_runtime.
 
-    python measure.py [results.jsonl]
+    python measure.py [results.jsonl] [--seconds 300]
 
-The library is looked for in `$TVM_LIBRARY_PATH`, then in the package tvm, which is not imported. Every kernel is run
-in a child process that may crash or hang, and its result is compared with the expected one before it is timed. A run
-that was stopped goes on where it ended.
+The library is looked for in `$TVM_LIBRARY_PATH`, then in the package tvm, which is not imported. Kernels are run in a
+child process that may crash or hang, and each result is compared with the expected one before it is timed. A run that
+was stopped goes on where it ended; after so many seconds, only the kernel in hand is brought to an end.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import importlib.util
 import json
@@ -20,6 +21,9 @@ import statistics
 import struct
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +36,27 @@ DEVICE_NAME, UNITS = 5, 7  # TVM's DeviceAttrKind
 
 
 def main() -> None:
-    """The parent: one child for each candidate, and one for the best of a kernel, timed in turns."""
-    results = Path(sys.argv[1] if len(sys.argv) > 1 else "results.jsonl")
+    """The parent: asks a child for one candidate after the other, then for the best of a kernel, timed in turns."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results.jsonl"))
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
     bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
+    if options.child:
+        answer_requests(bundle)
+    else:
+        measure_all(bundle, options.results, options.seconds)
+
+
+def measure_all(bundle: dict[str, Any], results: Path, seconds: float) -> None:
+    """Adds to `results` what is not there yet, in the order of the bundle."""
+    end = time.monotonic() + seconds
     head = {name: bundle[name] for name in ("bundle", "target", "tvm", "templates")}
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
     if lines and lines[0] != head:
         sys.exit(f"{results} holds the results of another bundle")
-    with results.open("a", encoding="utf-8") as file:
+    with results.open("a", encoding="utf-8") as file, Child(bundle) as child:
 
         def keep(line: dict[str, Any]) -> None:
             lines.append(line)
@@ -51,15 +68,21 @@ def main() -> None:
         for at, work in enumerate(bundle["works"]):
             name = {key: work[key] for key in ("problem", "bucket", "rows")}
             mine = [line for line in lines[1:] if all(line[key] == value for key, value in name.items())]
-            for i in range(sum("found" in line for line in mine), len(work["candidates"])):
-                found = measure(bundle, at, [i], bundle["search"])
+            if any("final" in line for line in mine):
+                continue
+            if time.monotonic() > end:
+                return
+            count = len(work["candidates"])
+            for i in range(len(mine), count):
+                if i and time.monotonic() > end:  # the untuned one is always measured
+                    break
+                found = child.measure(at, [i], bundle["search"])
                 mine.append(name | {"found": found[0]})
                 keep(mine[-1])
-                print(f"{work['bucket']} {i + 1} of {len(work['candidates'])}: {words(found[0])}", flush=True)
-            if not any("final" in line for line in mine):
-                good = [i for i, line in enumerate(mine) if i and line["found"]["status"] == "ok"]
-                good.sort(key=lambda i: mine[i]["found"]["cold"]["median"])
-                keep(name | {"final": measure(bundle, at, [0, *good[:FINALISTS]], bundle["final"])})
+                print(f"kernel {at + 1}, {work['bucket']} {i + 1} of {count}: {words(found[0])}", flush=True)
+            good = [i for i, line in enumerate(mine) if i and line["found"]["status"] == "ok"]
+            good.sort(key=lambda i: mine[i]["found"]["cold"]["median"])
+            keep(name | {"final": child.measure(at, [0, *good[:FINALISTS]], bundle["final"])})
 
 
 def words(found: dict[str, Any]) -> str:
@@ -67,23 +90,73 @@ def words(found: dict[str, Any]) -> str:
     return f"{found['cold']['median'] * 1e6:.1f} µs" if found["status"] == "ok" else f"{found['status']}"
 
 
-def measure(bundle: dict[str, Any], at: int, which: list[int], plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a child process finds; a candidate that ends it says how."""
-    command = [sys.executable, str(HERE / "measure.py"), "--child", str(at), json.dumps(which), json.dumps(plan)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=plan["limit"] * len(which), cwd=HERE)
-    except subprocess.TimeoutExpired:
-        lost = {"status": "hung", "error": f"was still busy after {plan['limit']:g} s"}
-    else:
-        if done.returncode == 0:
-            answer = json.loads(done.stdout.splitlines()[-1])
+class Child:
+    """A process that measures candidates. After one that crashed, hung or gave no right result comes a new one."""
+
+    def __init__(self, bundle: dict[str, Any]) -> None:
+        self.works = bundle["works"]
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> int:
+        """Ends the process if there is one; returns its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        with process:  # closes the pipes and waits
+            process.kill()
+        return process.returncode
+
+    def measure(self, at: int, which: list[int], plan: dict[str, Any]) -> list[dict[str, Any]]:
+        """What it finds of the candidates `which` of a work."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "measure.py"), "--child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+                cwd=HERE,
+            )
+        process, late = self.process, threading.Event()
+        assert process.stdin is not None and process.stdout is not None
+
+        def kill() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(plan["limit"] * len(which), kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps([at, which, plan]) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:  # it ended before it read
+            line = ""
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            answer = json.loads(line)
             if "missing" in answer:
                 sys.exit(answer["missing"])
-            return list(answer["found"])
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-        lost = {"status": "crashed", "error": f"ended by {how}"}
-    candidates = bundle["works"][at]["candidates"]
-    return [{"schedule": candidates[i]["schedule"], **lost} for i in which]
+            found = list(answer["found"])
+            if late.is_set() or any(each["status"] != "ok" for each in found):
+                self.end()  # the device, or the arrays on it, may be left in any state
+            return found
+        if late.is_set():
+            lost = {"status": "hung", "error": f"was still busy after {plan['limit']:g} s"}
+            self.end()
+        else:
+            status = process.wait()
+            self.end()
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            lost = {"status": "crashed", "error": f"ended by {how}"}
+        return [{"schedule": self.works[at]["candidates"][i]["schedule"], **lost} for i in which]
 
 
 class Runtime:
@@ -164,49 +237,105 @@ class Runtime:
         return {"name": name, "kind": "cpu", "driver": f"{machine}, {len(cores)} threads", "units": len(cores)}
 
 
-def child(at: int, which: list[int], plan: dict[str, Any]) -> dict[str, Any]:
-    """Checks and times the kernels `which` of a work."""
+def answer_requests(bundle: dict[str, Any]) -> None:
+    """The child: a line for each line, [work, candidates, plan]. Whatever else is printed goes elsewhere."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    bench: Bench | None = None
+    answer: dict[str, Any]
+    for line in sys.stdin:
+        at, which, plan = json.loads(line)
+        try:
+            if bench is None:
+                bench = Bench(Runtime(bundle["kind"]), bundle)
+            answer = {"found": bench.measure(at, which, plan)}
+        except (ImportError, OSError) as error:
+            answer = {"missing": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+@dataclass
+class Arguments:
+    """What the candidates of a work are run with, here and on the device, and what y must be."""
+
+    x: Any
+    y: Any
+    expected: Any
+    bound: Any
+    given: list[Any]
+    output: Any
+
+
+def load(entry: dict[str, Any]) -> Any:
+    """An array of which the first part is stored, where it repeats."""
     import numpy as np
 
-    bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
-    work = bundle["works"][at]
-    try:
-        runtime = Runtime(bundle["kind"])
-    except (ImportError, OSError) as error:
-        return {"missing": str(error)}
-    device = runtime.fingerprint(bundle["machine"])
-    arrays = [np.load(HERE / name, allow_pickle=False) for name in work["arrays"]]
-    y, expected, bound = (np.load(HERE / name, allow_pickle=False) for name in work["expected"])
-    arguments, output = [runtime.put(array) for array in arrays], runtime.put(y)
-    found: list[dict[str, Any]] = []
-    good: list[tuple[dict[str, Any], Any]] = []
-    for i in which:
-        candidate = work["candidates"][i]
-        found.append({"schedule": candidate["schedule"], "status": "ok", "device": device})
-        if "error" in candidate:
-            found[-1] |= {"status": "failed", "error": candidate["error"]}
-            continue
-        try:
-            module = runtime.ffi.load_module(str(HERE / candidate["file"]))
-            runtime.fill(output, y)
-            module.get_function("linear")(*arguments, output)
-            got = runtime.get(output, y).astype(np.float64)
-            if not (np.abs(got - expected) <= bound).all():
-                found[-1] |= {"status": "wrong", "error": f"off by up to {np.nanmax(np.abs(got - expected)):g}"}
-            elif not np.array_equal(runtime.get(arguments[0], arrays[0]), arrays[0]):
-                found[-1] |= {"status": "wrong", "error": "x was changed"}
-            else:
-                good.append((found[-1], module))
-        except Exception as error:  # a driver raises what it likes
-            found[-1] |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:400]}
+    array = np.load(HERE / entry["file"], allow_pickle=False)
+    for axis, length in enumerate(entry["shape"]):
+        if array.shape[axis] != length:
+            array = array.take(np.arange(length) % array.shape[axis], axis)
+    return np.ascontiguousarray(array)
 
-    def clock(module: Any) -> Any:
-        return lambda cold: runtime.seconds(module, [*arguments, output], cold=cold)
 
-    clocks = [clock(module) for _, module in good]
-    for (line, _), times in zip(good, in_turns(clocks, plan), strict=True):
-        line |= times
-    return {"found": found}
+class Bench:
+    """Checks and times kernels. The arrays of one work are kept for its next candidate."""
+
+    def __init__(self, runtime: Runtime, bundle: dict[str, Any]) -> None:
+        self.runtime, self.works = runtime, bundle["works"]
+        self.device = runtime.fingerprint(bundle["machine"])
+        self.at = -1
+        self.arguments: Arguments | None = None
+
+    def prepare(self, at: int) -> Arguments:
+        """The arrays of a work."""
+        if self.at != at or self.arguments is None:
+            self.arguments = None  # the last work's go before the next ones come
+            work = self.works[at]
+            given = [load(entry) for entry in work["arrays"]]
+            y, expected, bound = map(load, work["expected"])
+            put = self.runtime.put
+            self.at, self.arguments = at, Arguments(given[0], y, expected, bound, [*map(put, given)], put(y))
+        return self.arguments
+
+    def measure(self, at: int, which: list[int], plan: dict[str, Any]) -> list[dict[str, Any]]:
+        """What becomes of the candidates `which`; those that give the right result are timed, in turns."""
+        arguments, candidates = self.prepare(at), self.works[at]["candidates"]
+        found: list[dict[str, Any]] = []
+        good: list[tuple[dict[str, Any], Any]] = []
+        for candidate in (candidates[i] for i in which):
+            found.append({"schedule": candidate["schedule"], "status": "ok", "device": self.device})
+            if "error" in candidate:
+                found[-1] |= {"status": "failed", "error": candidate["error"]}
+                continue
+            try:
+                module = self.runtime.ffi.load_module(str(HERE / candidate["file"]))
+                if wrong := self.wrong(module, arguments):
+                    found[-1] |= {"status": "wrong", "error": wrong}
+                else:
+                    good.append((found[-1], module))
+            except Exception as error:  # a driver raises what it likes
+                found[-1] |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:400]}
+
+        def clock(module: Any) -> Any:
+            run_with = [*arguments.given, arguments.output]
+            return lambda cold: self.runtime.seconds(module, run_with, cold=cold)
+
+        clocks = [clock(module) for _, module in good]
+        for (line, _), times in zip(good, in_turns(clocks, plan), strict=True):
+            line |= times
+        return found
+
+    def wrong(self, module: Any, arguments: Arguments) -> str:
+        """Runs a kernel over a poisoned y; what is wrong with the result, empty when nothing is."""
+        import numpy as np
+
+        runtime = self.runtime
+        runtime.fill(arguments.output, arguments.y)
+        module.get_function("linear")(*arguments.given, arguments.output)
+        got = runtime.get(arguments.output, arguments.y).astype(np.float64)
+        if not (np.abs(got - arguments.expected) <= arguments.bound).all():
+            return f"off by up to {np.nanmax(np.abs(got - arguments.expected)):g}"
+        return "" if np.array_equal(runtime.get(arguments.given[0], arguments.x), arguments.x) else "x was changed"
 
 
 def in_turns(clocks: list[Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -236,7 +365,4 @@ def summary(seconds: list[float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(int(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4]))))
-    else:
-        main()
+    main()

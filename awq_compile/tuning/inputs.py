@@ -1,7 +1,7 @@
 """Arguments to measure a kernel with, and what it must compute, by the float64 oracle.
 
-The rows of a large W repeat with a prime period, so that every output of a kernel is checked at the oracle's price
-for `PERIOD` of them; no tile is a multiple of it, so a kernel that takes a wrong row is seen.
+The rows of a large W repeat with a prime period, and many rows of x with another, so that every output of a kernel is
+checked at the oracle's price for a few; no tile is a multiple of either, so a kernel that takes a wrong row is seen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from awq_compile.verify.case import POISON
 from awq_compile.verify.oracles.linear import arrays_of, epilogue, products, random_matrix
 from awq_compile.verify.tolerance import within
 
-PERIOD: Final = 509
+PERIOD: Final = 251  # of the outputs
+ROWS_PERIOD: Final = 37  # of x
 
 Array = npt.NDArray[Any]
 
@@ -62,11 +63,17 @@ def make_inputs(work: Work, seed: int = 0) -> Inputs:
     rows = problem.weight_rows
     base = random_matrix(problem.spec, min(rows, PERIOD), problem.k, rng)
     index = np.arange(rows) % PERIOD
+    of_x = np.arange(work.rows) % ROWS_PERIOD
     columns = isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN"
     weight = [np.ascontiguousarray(a[:, index] if columns else a[index]) for a in arrays_of(base)]
-    x = rng.standard_normal((work.rows, problem.k)).astype(problem.dtype)
-    bias = rng.standard_normal(problem.n).astype(np.float16) if problem.epilogue.bias else None
-    residual = rng.standard_normal((work.rows, problem.n)).astype(problem.dtype) if problem.epilogue.residual else None
+    x = rng.standard_normal((min(work.rows, ROWS_PERIOD), problem.k)).astype(problem.dtype)
+    outputs = index[: problem.n]
+    bias = residual = None
+    if problem.epilogue.bias:
+        bias = rng.standard_normal(PERIOD).astype(np.float16)[outputs]
+    if problem.epilogue.residual:
+        residual = rng.standard_normal((len(x), PERIOD)).astype(problem.dtype)[:, outputs]
     acc, error = (part[:, index] for part in products(problem, x, base))
-    expected, bound = epilogue(problem, acc, error, bias, residual)
-    return Inputs(work, x, weight, [a for a in (bias, residual) if a is not None], expected, bound)
+    expected, bound = (part[of_x] for part in epilogue(problem, acc, error, bias, residual))
+    extra = [a for a in (bias, None if residual is None else residual[of_x]) if a is not None]
+    return Inputs(work, x[of_x], weight, extra, expected, bound)
