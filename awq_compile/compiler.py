@@ -41,6 +41,14 @@ class CompileContext:
     kernels: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # what was chosen, for the report
 
     @property
+    def captured(self) -> tuple[str, ...]:
+        """Functions whose kernels are replayed as CUDA graphs."""
+        from awq_compile.models.decoder import DECODE_FUNCTIONS
+
+        cuda = self.target.tvm_target["kind"] == "cuda"
+        return DECODE_FUNCTIONS if cuda and self.options.cuda_graphs else ()
+
+    @property
     def plan(self) -> Mapping[str, WeightSpec]:
         """Format of every matrix parameter."""
         return {p.name: p.spec for p in self.parameters if p.spec is not None}
@@ -115,9 +123,11 @@ def device_passes() -> list[Any]:
     return [dlight.ApplyDefaultSchedule(*rules)]
 
 
-def vm_passes() -> list[Any]:
-    """From PrimFuncs and calls to VM code with planned memory."""
+def plan_passes(captured: tuple[str, ...] = ()) -> list[Any]:
+    """From PrimFuncs to calls on planned memory; the functions `captured` replay them as CUDA graphs."""
     from tvm.relax import transform as t
+
+    from awq_compile.passes.capture_graphs import CaptureGraphs
 
     return [
         t.RewriteDataflowReshape(),
@@ -125,7 +135,16 @@ def vm_passes() -> list[Any]:
         t.RemovePurityChecking(),
         t.CallTIRRewrite(),
         t.StaticPlanBlockMemory(),
+        *([CaptureGraphs(captured, sizes=("b",)).as_tvm()] if captured else []),
         t.LowerAllocTensor(),
+    ]
+
+
+def vm_passes() -> list[Any]:
+    """From calls on planned memory to VM code."""
+    from tvm.relax import transform as t
+
+    return [
         t.KillAfterLastUse(),
         t.LowerRuntimeBuiltin(),
         t.ComputePrimValue(),
@@ -153,6 +172,7 @@ def compile_library(
     import tvm
     from tvm import relax
 
+    from awq_compile.passes.capture_graphs import check_captured
     from awq_compile.passes.memory_usage import memory_usage
     from awq_compile.passes.prefix_symbols import PrefixSymbols
     from awq_compile.verify.record import LaunchRecorder
@@ -172,15 +192,16 @@ def compile_library(
         module = lowered_module(context)
         if target.has_device_code:
             module = tvm.transform.Sequential(device_passes())(module)
-        planned = tvm.transform.Sequential(vm_passes()[:6])(module)
+        planned = tvm.transform.Sequential(plan_passes(context.captured))(module)
         memory = memory_usage(planned)
         planned["_metadata"] = _metadata_function(context, memory)
-        final = tvm.transform.Sequential(vm_passes()[6:])(planned)
+        final = tvm.transform.Sequential(vm_passes())(planned)
         if target.system_lib:
             prefix = system_lib_prefix(out)
             final = PrefixSymbols(prefix).as_tvm()(final).with_attr("system_lib_prefix", prefix)
         with target.building():
             executable = relax.build(final, target=tvm_target, relax_pipeline=None, system_lib=target.system_lib)
+            check_captured(planned, recorder.tables)
             export_executable(executable, target, out)
     if target.has_device_code:
         write_sidecar(out, recorder.tables, executable.mod)
@@ -205,7 +226,18 @@ def lowered_module(context: CompileContext) -> Any:
     module, _ = export_decoder(context.config, options, context.target.dtype, target)
     with target:
         # Schedules are applied to a module of our own: TVM's rules change the one they are given.
-        return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(_with_bounds(module, options))
+        return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(with_bounds(module, options))
+
+
+def with_bounds(module: Any, options: CompileOptions) -> Any:
+    """Upper bounds of the symbolic sizes, with which memory is planned once instead of at every call."""
+    from awq_compile.passes.base import copy, relax_functions
+
+    result = copy(module)
+    bounds = {"n": options.prefill_chunk_size, "m": options.prefill_chunk_size, "b": options.max_batch_size}
+    for var, function in relax_functions(module):
+        result[var] = function.with_attr("tir_var_upper_bound", bounds)
+    return result
 
 
 def model_lib(library: Path) -> str:
@@ -222,17 +254,6 @@ def system_lib_prefix(library: Path) -> str:
 
 def _arrays(parameters: tuple[Parameter, ...]) -> list[tuple[str, tuple[int, ...], str]]:
     return [(name, shape, dtype) for p in parameters for name, (shape, dtype) in p.arrays().items()]
-
-
-def _with_bounds(module: Any, options: CompileOptions) -> Any:
-    """Upper bounds of the symbolic sizes, with which memory is planned once instead of at every call."""
-    from awq_compile.passes.base import copy, relax_functions
-
-    result = copy(module)
-    bounds = {"n": options.prefill_chunk_size, "m": options.prefill_chunk_size, "b": options.max_batch_size}
-    for var, function in relax_functions(module):
-        result[var] = function.with_attr("tir_var_upper_bound", bounds)
-    return result
 
 
 def _metadata_function(context: CompileContext, memory: dict[str, int]) -> Any:

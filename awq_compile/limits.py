@@ -21,6 +21,8 @@ class CompileOptions:
     `attention_sink_size` of the sequence among them (StreamingLLM, Xiao et al. 2023). That is transformers'
     `sliding_window` less one. TVM's cache slides between calls: a token of a longer prompt sees the window before its
     prefill chunk, and the chunk up to itself.
+
+    `cuda_graphs`: on CUDA, decoding replays its kernels as graphs.
     """
 
     context_window_size: int
@@ -29,6 +31,7 @@ class CompileOptions:
     page_size: int = DEFAULT_PAGE
     sliding_window_size: int | None = None
     attention_sink_size: int = 0
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.page_size not in PAGE_SIZES:
@@ -66,6 +69,11 @@ class CompileOptions:
         found: dict[str, Any] = {}
         for field in fields(CompileOptions):
             value = data.get(field.name, field.default)
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ArtifactError(f"{field.name} is {value!r:.80}, expected true or false")
+                found[field.name] = value
+                continue
             optional = field.default is None and value is None
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise ArtifactError(f"{field.name} is {value!r:.80}, expected a number of tokens or sequences")

@@ -12,7 +12,7 @@ import tvm
 from tvm import relax
 from tvm_ffi import Shape
 
-from awq_compile.compiler import lower_passes, vm_passes
+from awq_compile.compiler import lower_passes, plan_passes, vm_passes, with_bounds
 from awq_compile.formats import QuantScheme
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig, read_config
@@ -28,11 +28,11 @@ def cpu_target() -> Any:
     return tvm.target.Target({"kind": "llvm", "mcpu": str(features)})
 
 
-def build(module: Any) -> Any:
+def build(module: Any, captured: tuple[str, ...] = ()) -> Any:
     """A VM executable, by the compiler's passes without the quantising ones."""
     target = cpu_target()
     with target:
-        module = tvm.transform.Sequential([*lower_passes(), *vm_passes()])(module)
+        module = tvm.transform.Sequential([*lower_passes(), *plan_passes(captured), *vm_passes()])(module)
         return relax.build(module, target=target, relax_pipeline=None)
 
 
@@ -56,9 +56,12 @@ def save_hf_config(hf_config: Any, folder: Path, architecture: str) -> ModelConf
 class Float:
     """A compiled floating-point decoder with its weights and one KV cache."""
 
-    def __init__(self, config: ModelConfig, state: dict[str, Any], sizes: CompileOptions) -> None:
+    def __init__(
+        self, config: ModelConfig, state: dict[str, Any], sizes: CompileOptions, captured: tuple[str, ...] = ()
+    ) -> None:
+        """`captured` are functions that replay their kernels as CUDA graphs."""
         module, _ = export_decoder(config, sizes, "float32")
-        executable = build(module)
+        executable = build(with_bounds(module, sizes) if captured else module, captured)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
         self.params = float_params(config, state)
         slides = int(sizes.sliding_window_size is not None)

@@ -60,7 +60,9 @@ class RandomWeights:
         return self.random.normal(1, 0.05, self.shapes[name]).astype(np.float16)
 
 
-def write_dist(out: Path, model: Path, targets: Sequence[str], scheme: str = "w4g32") -> Path:
+def write_dist(
+    out: Path, model: Path, targets: Sequence[str], scheme: str = "w4g32", options: CompileOptions = OPTIONS
+) -> Path:
     """A DIST as the main job writes it, without quantising and verifying."""
     config, parsed = read_config(model), QuantScheme.parse(scheme)
     conversation = ConvTemplate({"user": "", "assistant": ""}, ("",), stop_token_ids=config.eos_token_ids)
@@ -68,16 +70,16 @@ def write_dist(out: Path, model: Path, targets: Sequence[str], scheme: str = "w4
         usage: dict[str, dict[str, int]] = {}
         size = dist.write_parameters(model_parameters(config, parsed), RandomWeights(config, parsed))
         tokenizer = dist.write_tokenizer(model)
-        text = chat_config(config, parsed, OPTIONS, conversation, tokenizer_dir=model, tokenizer_files=tokenizer)
+        text = chat_config(config, parsed, options, conversation, tokenizer_dir=model, tokenizer_files=tokenizer)
         dist.write_text("mlc-chat-config.json", text)
         shutil.copyfile(model / "config.json", dist.path / "lib" / "config.json")
         for name in targets:
             target = resolve_target(name)
             library = dist.library_path("tiny", parsed, name, target.library_suffix, target.tvm_target)
-            usage[name] = compile_library(config, parsed, target, OPTIONS, library).memory_usage
+            usage[name] = compile_library(config, parsed, target, options, library).memory_usage
         for file, of_app in package_files(dist.libraries, json.loads(text), size, usage).items():
             dist.write_text(file, of_app)
-        dist.manifest("tiny", parsed, {"method": "random", **asdict(OPTIONS)})
+        dist.manifest("tiny", parsed, {"method": "random", **asdict(options)})
         dist.commit()
     return out
 

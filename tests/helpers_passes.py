@@ -65,12 +65,12 @@ def block_plan(spec: QuantSpec) -> dict[str, QuantSpec]:
 
 def run_module(module: Any, arguments: list[npt.NDArray[Any]], function: str = "run") -> npt.NDArray[Any]:
     """Compiles a module without schedules and calls one function."""
-    from awq_compile.compiler import lower_passes, vm_passes
+    from awq_compile.compiler import lower_passes, plan_passes, vm_passes
 
     target = tvm.target.Target("llvm")
     with target:
         passes = [p for p in lower_passes() if p.info.name != "BundleModelParams"]
-        module = tvm.transform.Sequential([*passes, *vm_passes()])(module)
+        module = tvm.transform.Sequential([*passes, *plan_passes(), *vm_passes()])(module)
         executable = relax.build(module, target=target, relax_pipeline=None)
     vm = relax.VirtualMachine(executable, tvm.cpu())
     result = vm[function](*(tvm.runtime.tensor(a) for a in arguments))

@@ -114,6 +114,12 @@ def build(
             rich_help_panel=o.LIMITS,
         ),
     ] = DEFAULT_PAGE,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs", help="On CUDA, replay the kernels of decoding as graphs.", rich_help_panel=o.GENERAL
+        ),
+    ] = False,
     conv_template: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +159,11 @@ def build(
 
     output = Output(as_json, verbose)
     targets = [resolve_target(name) for name in dict.fromkeys(target or ["cpu"])]
+    if cuda_graphs and all(one.tvm_target["kind"] != "cuda" for one in targets):
+        raise UsageError(
+            f"--cuda-graphs is for CUDA, and what is compiled for is {', '.join(one.name for one in targets)}",
+            hint="--target cuda:sm_90, or leave --cuda-graphs out",
+        )
     asked_scheme = scheme is not None or any(v is not None for v in (bits, group_size, head_bits)) or asymmetric
     default = None if asked_scheme else _common_scheme(targets)
     chosen = choose_scheme(scheme or default, bits, group_size, asymmetric, head_bits)
@@ -185,6 +196,7 @@ def build(
         page_size,
         sliding_window_size,
         attention_sink_size,
+        cuda_graphs,
     )
     _tell_memory(config, chosen, options, targets, output)
     if not source.quantised:
@@ -231,6 +243,7 @@ def _options(
     page: int,
     window: int | None,
     sink: int,
+    cuda_graphs: bool,
 ) -> CompileOptions:
     """The limits, with the model's own context window as the largest, unless an attention window slides over it."""
     from awq_compile.limits import CompileOptions
@@ -253,6 +266,7 @@ def _options(
         page_size=page,
         sliding_window_size=window,
         attention_sink_size=sink,
+        cuda_graphs=cuda_graphs,
     )
 
 

@@ -48,7 +48,8 @@ def _dist(path: Path, verify: bool, output: Output) -> None:
     )
     for name, library in manifest.libraries.items():
         output.say(f"  {name}: {library.path}, {nbytes(manifest.files[library.path].nbytes)}")
-    output.say("  " + ", ".join(f"{key} {value}" for key, value in manifest.options.items() if value is not None))
+    given = {key: value for key, value in manifest.options.items() if value is not None and value is not False}
+    output.say("  " + ", ".join(f"{key} {value}" for key, value in given.items()))
     output.say("  " + ", ".join(f"{key} {value}" for key, value in manifest.versions.items()))
     if output.verbose:
         table = Table("parameter", "shape", "dtype", "file", "bytes", box=None, pad_edge=False)

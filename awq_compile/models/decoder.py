@@ -12,7 +12,7 @@ verification share one kernel per operation. `decode` has M = 1 as a constant an
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from tvm import IRModule, relax, te, tirx
 from tvm.relax.frontend import nn
@@ -24,6 +24,14 @@ from awq_compile.models.config import ModelConfig
 from awq_compile.models.gpu_sampling import GpuSampler, inplace_sampler_kernels, samples_on_device
 from awq_compile.models.kv_cache import KVCache, create_kv_cache
 from awq_compile.models.sampling import inplace_kernels, softmax_with_temperature
+
+# One token of each sequence: no size but the number of sequences changes from step to step.
+DECODE_FUNCTIONS: Final = (
+    "decode",
+    "batch_decode",
+    "decode_to_last_hidden_states",
+    "batch_decode_to_last_hidden_states",
+)
 
 
 class _Attention(nn.Module):  # type: ignore[misc]

@@ -3,7 +3,7 @@
 The machine's code and the device code come out of the library, the launches from the tables beside it. A
 virtual machine without the library's host code looks a PrimFunc up among the global functions: there, a Python
 function follows the launch table. PrimFuncs that launch nothing, which compute sizes, are built again for this
-machine, for the library's host may be another.
+machine, for the library's host may be another. CUDA graphs are replayed by `graph_replay`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from awq_compile.compiler import CompileContext, device_passes, lowered_module, system_lib_prefix, vm_passes
+from awq_compile.compiler import (
+    CompileContext,
+    device_passes,
+    lowered_module,
+    plan_passes,
+    system_lib_prefix,
+    vm_passes,
+)
 from awq_compile.contract.objects import module_blob
 from awq_compile.errors import ArtifactError, AwqCompileError
 from awq_compile.targets.cuda_source import check_source
@@ -26,6 +33,7 @@ from awq_compile.targets.vulkan.blob import parse_blob
 from awq_compile.verify.device_code import device_modules
 from awq_compile.verify.execution import Loaded, load
 from awq_compile.verify.executors.base import Argument, Size3
+from awq_compile.verify.graph_replay import GraphReplay
 from awq_compile.verify.launch_table import View, run_prim_func
 from awq_compile.verify.sidecar import read_sidecar
 
@@ -95,7 +103,8 @@ def device_vm(library: Path, context: CompileContext) -> Iterator[DeviceVM]:
 
         functions = {name: kernel(table) for name, table in tables.items()}
         functions = {**_host_functions(context, frozenset(tables)), **functions}
-        with _global_functions({prefix + name: function for name, function in functions.items()}):
+        of_library = {prefix + name: function for name, function in functions.items()}
+        with _global_functions({**of_library, **GraphReplay().functions()}):
             found.vm = initialised(executable)
             yield found
 
@@ -120,7 +129,7 @@ def _host_functions(context: CompileContext, launching: frozenset[str]) -> Mappi
     from tvm import tirx
 
     with tvm.target.Target(context.target.tvm_target), tvm.transform.PassContext(opt_level=3):
-        passes = tvm.transform.Sequential([*device_passes(), *vm_passes()])
+        passes = tvm.transform.Sequential([*device_passes(), *plan_passes(context.captured), *vm_passes()])
         module = passes(lowered_module(context))
     functions = {
         str(var.name_hint): function

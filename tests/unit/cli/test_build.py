@@ -134,6 +134,17 @@ def test_limits(run: Run, model: Path) -> None:
     assert code == 2 and "129 is more than the model's own 128" in err
 
 
+def test_cuda_graphs(run: Run, model: Path) -> None:
+    """Recorded for verify, with other targets beside CUDA; refused where no target is CUDA."""
+    assert run(model, *RTN, "-t", "cuda:sm_90", "-t", "cpu", "--cuda-graphs", "-o", "d")[0] == 0
+    assert open_dist(Path("d")).manifest.options["cuda_graphs"] is True
+    assert "cuda_graphs True" in run("inspect", "d")[1]
+    assert run(model, *RTN, "-t", "cpu", "-o", "e")[0] == 0
+    assert "cuda_graphs" not in run("inspect", "e")[1]
+    code, _, err = run(model, *RTN, "-t", "cpu", "--cuda-graphs", "-o", "f")
+    assert code == 2 and "--cuda-graphs is for CUDA" in err
+
+
 def test_inspect(run: Run, model: Path) -> None:
     """inspect tells a DIST from a checkpoint, and finds a changed byte with --verify."""
     run(model, *RTN, "-o", "d")

@@ -13,7 +13,7 @@ from helpers_vulkan import global_functions
 from tvm import relax
 from tvm.target import Target
 
-from awq_compile.compiler import lower_passes, vm_passes
+from awq_compile.compiler import lower_passes, plan_passes, vm_passes
 from awq_compile.models.gpu_sampling import GpuSampler, inplace_sampler_kernels, samples_on_device
 from awq_compile.verify.executors.simt import SimtExecutor
 from awq_compile.verify.launch_table import Table, run_prim_func
@@ -46,7 +46,7 @@ def vm() -> Iterator[Any]:
     for name, kernel in inplace_sampler_kernels(V).items():
         module[name] = kernel
     with hk.device_target("metal"):
-        module = tvm.transform.Sequential([*lower_passes(), *vm_passes()])(module)
+        module = tvm.transform.Sequential([*lower_passes(), *plan_passes(), *vm_passes()])(module)
     builder = relax.ExecBuilder()
     kernels = relax.vm_build._filter_tir(relax.vm_build._vmcodegen(builder, module, "bytecode"))
     built, executor = hk.build(kernels, "metal"), SimtExecutor()

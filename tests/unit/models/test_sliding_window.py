@@ -104,3 +104,13 @@ def test_a_manifest_is_read_with_suspicion(value: Any) -> None:
     assert CompileOptions.read(options) == CompileOptions(64, 32, 2)
     with pytest.raises(ArtifactError, match=r"page.size"):
         CompileOptions.read(options | {"page_size": value})
+
+
+def test_options_that_are_set_or_not_are_read() -> None:
+    """CUDA graphs: absent in DISTs of before, true or false, and nothing else."""
+    options = {"context_window_size": 64, "prefill_chunk_size": 32, "max_batch_size": 2}
+    assert CompileOptions.read(options | {"cuda_graphs": True}) == CompileOptions(64, 32, 2, cuda_graphs=True)
+    assert not CompileOptions.read(options).cuda_graphs
+    for value in (1, None, "true"):
+        with pytest.raises(ArtifactError, match=r"cuda_graphs is .*, expected true or false"):
+            CompileOptions.read(options | {"cuda_graphs": value})
