@@ -19,18 +19,25 @@ GROUP = 128
 
 
 @triton.jit
+def _spread(word, R: tl.constexpr, C: tl.constexpr):
+    """(R, C) words → (R, 8 C), each code in the low bits; a thread keeps those of a word, in order."""
+    word = tl.reshape(tl.join(word, word >> 16), (R, 2 * C))
+    word = tl.reshape(tl.join(word, word >> 8), (R, 4 * C))
+    return tl.reshape(tl.join(word, word >> 4), (R, 8 * C))
+
+
+@triton.jit
 def _gemv(x, words, scales, y, n, k, row_words, row_groups, BN: tl.constexpr, BK: tl.constexpr):
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     columns = tl.arange(0, BK // 8)
-    shifts = 4 * tl.arange(0, 8)
     total = tl.zeros((BN, BK // 8), tl.float32)
-    for k0 in range(0, k, BK):
-        word = tl.load(words + rows[:, None] * row_words + (k0 // 8 + columns)[None, :])
-        scale = tl.load(scales + rows[:, None] * row_groups + ((k0 + 8 * columns) // 128)[None, :])
-        value = tl.load(x + k0 + tl.reshape(tl.arange(0, BK), (BK // 8, 8))).to(tl.float32)
-        bits = ((word[:, :, None] >> shifts[None, None, :]) & 15) | 0x4B000000  # 2^23 + q
-        code = bits.to(tl.float32, bitcast=True) - 8388615.0
-        total += tl.sum(code * value[None, :, :], 2) * scale.to(tl.float32)
+    for step in range(0, k // BK):
+        word = tl.load(words + rows[:, None] * row_words + (step * (BK // 8) + columns)[None, :])
+        scale = tl.load(scales + rows[:, None] * row_groups + ((step * BK + 8 * columns) // 128)[None, :])
+        value = tl.load(x + step * BK + tl.arange(0, BK)).to(tl.float32)
+        bits = (_spread(word, BN, BK // 8) & 15) | 0x4B000000  # 2^23 + q
+        product = (bits.to(tl.float32, bitcast=True) - 8388615.0) * value[None, :]
+        total += tl.sum(tl.reshape(product, (BN, BK // 8, 8)), 2) * scale.to(tl.float32)
     tl.store(y + rows, tl.sum(total, 1).to(tl.float16))
 
 
@@ -51,14 +58,12 @@ def _gemm(
     of_x = x + (rows % m)[:, None] * k + inner[None, :]  # rows beyond m are read again, and not stored
     of_w = words + columns[:, None] * row_words + packed[None, :]
     of_scales = scales + columns * row_groups
-    shifts = 4 * tl.arange(0, 8)
     total = tl.zeros((BM, BN), tl.float32)
     for step in range(part, k // BK, SPLIT):
         a, word = tl.load(of_x), tl.load(of_w)
         scale = tl.load(of_scales + step * BK // 128)
-        bits = ((word[:, :, None] >> shifts[None, None, :]) & 15) | 0x6400  # 1024 + q
-        code = bits.to(tl.int16).to(tl.float16, bitcast=True) - 1031.0
-        w = tl.reshape(code, (BN, BK)) * scale[:, None]
+        bits = (_spread(word, BN, BK // 8) & 15) | 0x6400  # 1024 + q
+        w = (bits.to(tl.int16).to(tl.float16, bitcast=True) - 1031.0) * scale[:, None]
         total = tl.dot(a, tl.trans(w), total)
         of_x += SPLIT * BK
         of_w += SPLIT * (BK // 8)
@@ -72,11 +77,11 @@ def _gemm(
 @triton.jit
 def _dequantise(words, scales, w, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    shifts = 4 * tl.arange(0, 8)
-    bits = ((tl.load(words + i)[:, None] >> shifts[None, :]) & 15) | 0x6400
+    bits = (_spread(tl.load(words + i)[None, :], 1, BLOCK) & 15) | 0x6400
+    k = 8 * tl.program_id(0) * BLOCK + tl.arange(0, 8 * BLOCK)
+    scale = tl.load(scales + k // 128)
     code = bits.to(tl.int16).to(tl.float16, bitcast=True) - 1031.0
-    scale = tl.load(scales + i // 16)  # 16 words in a group
-    tl.store(w + 8 * i[:, None] + tl.arange(0, 8)[None, :], code * scale[:, None])
+    tl.store(w + k[None, :], code * scale[None, :])
 
 
 @dataclass(frozen=True)
@@ -144,14 +149,12 @@ def dequantise(words: torch.Tensor, scales: torch.Tensor, w: torch.Tensor) -> No
 def compile_all() -> None:
     """Compiles every configuration at once, on as many cores as there are."""
 
-    def ready(config: Config) -> None:
-        x, words, sizes = torch.float16, torch.int32, (4096, 4096, 512, 32)
-        how = {"grid": (1, 1), "num_warps": config.warps, "num_stages": config.stages}
-        if config.bm == 0:
-            _gemv.warmup(x, words, x, x, *sizes, config.bn, config.bk, **how)
-        else:
-            tiles = config.bm, config.bn, config.bk, config.split, 8
-            _gemm.warmup(x, words, x, x, 64, *sizes, *tiles, **how)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(ready, dict.fromkeys(ONE_ROW + FEW_ROWS + SOME_ROWS + MANY_ROWS)))
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for config in dict.fromkeys(ONE_ROW + FEW_ROWS + SOME_ROWS + MANY_ROWS):
+            x, words, sizes = torch.float16, torch.int32, (4096, 4096, 512, 32)
+            how = {"grid": (1, 1), "num_warps": config.warps, "num_stages": config.stages}
+            if config.bm == 0:
+                _gemv.warmup(x, words, x, x, *sizes, config.bn, config.bk, **how)
+            else:
+                tiles = config.bm, config.bn, config.bk, config.split, 8
+                _gemm.warmup(x, words, x, x, 64, *sizes, *tiles, **how)
