@@ -31,7 +31,7 @@ def _gemv(x, words, scales, y, n, k, row_words, row_groups, BN: tl.constexpr, BK
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     columns = tl.arange(0, BK // 8)
     total = tl.zeros((BN, BK // 8), tl.float32)
-    for step in range(0, k // BK):
+    for step in range(k // BK):
         word = tl.load(words + rows[:, None] * row_words + (step * (BK // 8) + columns)[None, :])
         scale = tl.load(scales + rows[:, None] * row_groups + ((step * BK + 8 * columns) // 128)[None, :])
         value = tl.load(x + step * BK + tl.arange(0, BK)).to(tl.float32)
