@@ -28,12 +28,17 @@ STATIC_SHARED = 48 << 10  # more needs an opt-in
 Call = Callable[[], Any]
 
 
+def launching(stream: Any) -> Any:
+    """A context in which CuPy launches on a stream of torch's."""
+    return cp.cuda.ExternalStream(stream.cuda_stream) if stream.cuda_stream else cp.cuda.Stream.null
+
+
 def graph_seconds(calls: Sequence[Call], *, least: int = 5, most: int = 9, budget: float = 0.05) -> float:
     """Seconds of one call, in a CUDA graph of them all: the median of as many replays as fit the budget."""
     stream = torch.cuda.Stream()
 
     def run(on: Any) -> None:
-        with cp.cuda.ExternalStream(on.cuda_stream):
+        with launching(on):
             for call in calls:
                 call()
 
@@ -271,7 +276,7 @@ class Contest:
         """The largest error of what one call computes, over the largest value; of up to 128 rows, spread evenly."""
         self.y.fill_(float("nan"))
         self.last = self.y
-        with cp.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        with launching(torch.cuda.current_stream()):
             call()
         torch.cuda.synchronize()
         at = torch.linspace(0, self.rows - 1, min(self.rows, 128), device="cuda").round().long()
