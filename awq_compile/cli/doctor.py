@@ -129,14 +129,17 @@ def _gpu_targets() -> list[Finding]:
     if _version("apache-tvm") is None:
         return []
     from awq_compile.targets import resolve_target
-    from awq_compile.verify.execution import missing, unbuildable
+    from awq_compile.verify.execution import device_words, missing, unbuildable
 
     found = []
     for name in ("cuda", "vulkan", "metal", "opencl"):
         target = resolve_target(name)
-        for what, reason in (("compile for", unbuildable(target)), ("verify kernels of", missing(target))):
+        for what, reason, how in (
+            ("compile for", unbuildable(target), "yes"),
+            ("verify kernels of", missing(target), f"yes, {device_words(target)}"),
+        ):
             problem, _, fix = (reason or "").partition("; ")
-            found.append(Finding(f"{what} {name}", reason is None, problem or "yes", fix, needed=False))
+            found.append(Finding(f"{what} {name}", reason is None, problem or how, fix, needed=False))
     return found
 
 

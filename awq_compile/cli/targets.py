@@ -39,5 +39,6 @@ def targets(as_json: o.Json = False, verbose: o.Verbose = False) -> None:
     for reason in sorted({reason for entry in result for reason in entry["missing"]}):
         output.say(f"missing: {reason}")
     output.say("cpu is this machine; cpu:TRIPLE takes any LLVM triple, cpu:TRIPLE@CPU one of LLVM's processors.")
-    output.say("OpenCL and Vulkan kernels are verified through this machine's drivers, CUDA and Metal ones on its CPU.")
+    output.say("OpenCL and Vulkan kernels are verified through this machine's drivers, CUDA and Metal ones on its CPU,")
+    output.say("CUDA machine code on an NVIDIA GPU where one is here that runs it.")
     output.result(result)

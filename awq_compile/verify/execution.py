@@ -15,7 +15,9 @@ import numpy as np
 from awq_compile.errors import ArtifactError, EnvironmentMissingError
 from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.cuda import CudaTarget
 from awq_compile.verify.device_code import DeviceModule
+from awq_compile.verify.executors import cuda
 from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3
 from awq_compile.verify.reorder import has_barrier_opencl, reversed_opencl, reversed_spirv, rotated_spirv
 
@@ -44,8 +46,9 @@ def load(
 ) -> Iterator[Loaded]:
     """Loads a library's modules (of one kind) into the executor of the target's kind.
 
-    `source` is CUDA C++, which stands for machine code; `seconds` are allowed for a launch; with `orders`, OpenCL
-    and Vulkan kernels run again with their threads renumbered. Raises `EnvironmentMissingError` naming what to install.
+    `source` is CUDA C++, which stands for machine code where no GPU runs that; `seconds` are allowed for a launch; with
+    `orders`, OpenCL and Vulkan kernels run again with their threads renumbered. Raises `EnvironmentMissingError` naming
+    what to install.
     """
     kind = str(target.tvm_target["kind"])
     if len(modules) != 1 or modules[0].kind != kind:
@@ -56,6 +59,8 @@ def load(
         yield from _opencl(module, seconds, orders)
     elif kind == "vulkan":
         yield from _vulkan(module, orders)
+    elif (gpu := cuda_gpu(target)) is not None and module.format in cuda.FORMATS:
+        yield from _cuda(module, gpu, seconds)
     elif kind in ("cuda", "metal"):
         yield from _simt(module, source, seconds)
     else:
@@ -75,13 +80,29 @@ def missing(target: TargetSpec) -> str | None:
             from awq_compile.verify.executors.vulkan import VulkanExecutor
 
             VulkanExecutor().close()
-        else:
+        elif cuda_gpu(target) is None:
             import ziglang  # noqa: F401
     except EnvironmentMissingError as error:
         return f"{error}; {error.hint}" if error.hint else str(error)
     except ImportError as error:
         return f"the package {error.name} is not installed; pip install {error.name}"
     return None
+
+
+def cuda_gpu(target: TargetSpec) -> cuda.Gpu | None:
+    """The GPU of this machine that runs the machine code of libraries for `target`; None where there is none."""
+    try:
+        return cuda.find_gpu(target.archs) if isinstance(target, CudaTarget) else None
+    except EnvironmentMissingError:
+        return None
+
+
+def device_words(target: TargetSpec) -> str:
+    """What runs the kernels of a target here, for people; `missing` says whether something does."""
+    if isinstance(target, CudaTarget):
+        gpu, reason = cuda_gpu(target), cuda.missing(target.archs)
+        return f"machine code on {gpu}" if gpu else f"source on this CPU: {reason}"
+    return "source on this CPU" if target.tvm_target["kind"] == "metal" else "this machine's driver"
 
 
 def unbuildable(target: TargetSpec) -> str | None:
@@ -101,6 +122,8 @@ def unbuildable(target: TargetSpec) -> str | None:
 
 def too_slow(config: ModelConfig, target: TargetSpec) -> str | None:
     """Why executing all kernels would take longer than a few minutes on a CPU; None when it would not."""
+    if cuda_gpu(target) is not None:
+        return None
     widest = max(config.vocab_size, 2 * config.intermediate_size)
     elements, limit = widest * config.hidden_size, _ELEMENTS[str(target.tvm_target["kind"])]
     if elements <= limit:
@@ -196,6 +219,12 @@ def _same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any], exact: bool) -
         return False
     slack = 8 * float(np.finfo(np.float16).eps)  # float32 results come of values that were rounded to float16
     return bool(np.isclose(one.astype(np.float64), other, rtol=slack, atol=slack, equal_nan=True).all())
+
+
+def _cuda(module: DeviceModule, gpu: cuda.Gpu, seconds: float) -> Iterator[Loaded]:
+    with cuda.CudaExecutor(gpu, seconds=seconds) as executor:
+        executor.load(module.device_code())
+        yield Loaded(executor.device, lambda k, a, g, b, s: executor.launch(k, a, g, b, dynamic_shared=s))
 
 
 def _simt(module: DeviceModule, source: str, seconds: float) -> Iterator[Loaded]:

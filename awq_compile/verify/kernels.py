@@ -132,6 +132,14 @@ def verify_kernels(
     progress: Callable[[str], None] = lambda _: None,
 ) -> KernelVerification:
     """Verifies a library with the files beside it. Raises `EnvironmentMissingError` where nothing can run it here."""
+    modules, sidecar = read_library(library)
+    prefix = system_lib_prefix(library) if target.system_lib else ""
+    known = roles(config, scheme, target, options)
+    return verify_code(modules, sidecar, known, target, prefix=prefix, progress=progress)
+
+
+def read_library(library: Path) -> tuple[list[DeviceModule], Sidecar]:
+    """A library's device code and what lies beside it. Raises `ArtifactError` where they do not belong together."""
     sidecar = read_sidecar(library)
     modules = library_code(library)
     if not modules:
@@ -139,9 +147,7 @@ def verify_kernels(
     for module in modules:
         if module.kind == "cuda":
             check_source(sidecar.source, module.code, module.format)
-    prefix = system_lib_prefix(library) if target.system_lib else ""
-    known = roles(config, scheme, target, options)
-    return verify_code(modules, sidecar, known, target, prefix=prefix, progress=progress)
+    return modules, sidecar
 
 
 def verify_code(

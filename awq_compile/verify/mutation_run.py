@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -96,10 +96,13 @@ def judge_mutant(subject: Subject, mutant: Mutant) -> str:
 
 def _child(subject: Subject, mutant: Mutant, sender: Connection) -> None:
     name = subject.function_of()[mutant.kernel].removeprefix(subject.prefix)
-    sidecar = Sidecar(subject.sidecar.tables, mutant.source or subject.sidecar.source)
+    source = mutant.source or subject.sidecar.source
+    sidecar, module = Sidecar(subject.sidecar.tables, source), mutant.module
+    if module.kind == "cuda":  # faults are put into the source: no GPU is to run the machine code instead
+        module = replace(module, format="cuda", code=source.encode())
     try:
         found = verify_code(
-            [mutant.module],
+            [module],
             sidecar,
             subject.known,
             subject.target,

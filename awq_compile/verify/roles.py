@@ -1,7 +1,8 @@
 """What each PrimFunc of a library must compute, found by compiling the model again up to its unscheduled PrimFuncs.
 
 Planned linears and embeddings are known by their attributes; what the MLC runtime and TVM's KV cache call has
-fixed names; everything else is compared with LLVM.
+fixed names; everything else is compared with LLVM. What the attributes say is kept apart, as facts that JSON can hold:
+with them and LLVM's code, `scripts/verify_shapes` verifies where TVM's compiler is not.
 """
 
 from __future__ import annotations
@@ -17,17 +18,29 @@ from awq_compile.formats import Float16Spec, QuantScheme, QuantSpec, WeightSpec
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import model_parameters
+from awq_compile.problem import decode_problem
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.database import known_records
 from awq_compile.verify.case import Case
 from awq_compile.verify.cases import attention, cache, engine, sampler
-from awq_compile.verify.cases.generic import build_references, generic_cases
+from awq_compile.verify.cases.generic import Reference, build_references, generic_cases
 from awq_compile.verify.cases.linear import embedding_cases, linear_cases
 from awq_compile.verify.launch_table import Table
 
 # Of every bucket, and for tiles of four rows every length of the last one: a bound off by one misses only one of them.
 ROWS: Final = (1, 2, 5, 7, 8, 37, 38, 39, 64, 65, 131)
 Cases = Callable[[Table, np.random.Generator], Iterator[Case]]
+Fact = Mapping[str, Any]  # `kind`, and what its PrimFunc's attributes say
+
+
+@dataclass(frozen=True)
+class Role:
+    """`kind` for people; `oracle` names what it is compared with; `cases` makes its arguments and results."""
+
+    kind: str
+    oracle: str
+    cases: Cases
+
 
 _ATTENTION: Final = {
     "batch_prefill_ragged_kv": attention.ragged_prefill,
@@ -65,60 +78,85 @@ _SAMPLER: Final[dict[str, Cases]] = {
 }
 
 
-@dataclass(frozen=True)
-class Role:
-    """`kind` for people; `oracle` names what it is compared with; `cases` makes its arguments and results."""
-
-    kind: str
-    oracle: str
-    cases: Cases
+_NAMES: Final = _ATTENTION.keys() | _OF_MODEL.keys() | _CACHE.keys() | _ENGINE.keys() | _SAMPLER.keys()
 
 
 def roles(config: ModelConfig, scheme: QuantScheme, target: TargetSpec, options: CompileOptions) -> Mapping[str, Role]:
     """By name of PrimFunc, without a system library's prefix."""
+    facts, others = facts_of(unscheduled(config, scheme, target, options), config)
+    return roles_of(facts, build_references(others), config)
+
+
+def unscheduled(config: ModelConfig, scheme: QuantScheme, target: TargetSpec, options: CompileOptions) -> Any:
+    """The module whose PrimFuncs a library has."""
     parameters = tuple(model_parameters(config, scheme))
-    module = lowered_module(CompileContext(config, scheme, target, options, parameters, known_records()))
-    return roles_of(module, config)
+    return lowered_module(CompileContext(config, scheme, target, options, parameters, known_records()))
 
 
-def roles_of(module: Any, config: ModelConfig) -> dict[str, Role]:
-    """Of a module as `compiler.lowered_module` gives it."""
+def facts_of(module: Any, config: ModelConfig) -> tuple[dict[str, Fact], dict[str, tuple[Any, int]]]:
+    """Of a module as `compiler.lowered_module` gives it: facts, and what `build_references` takes."""
     from tvm import tirx
 
-    found: dict[str, Role] = {}
+    facts: dict[str, Fact] = {}
     others: dict[str, tuple[Any, int]] = {}
     counts = _outputs(module)
     for var, function in module.functions.items():
         if not isinstance(function, tirx.PrimFunc):
             continue
         name = str(function.attrs.get("global_symbol", var.name_hint))
-        role = _known(name, function, config)
-        if role is not None:
-            found[name] = role
+        if (fact := _fact(name, function, config)) is not None:
+            facts[name] = fact
         elif var in counts:
+            facts[name] = {"kind": "other"}
             others[name] = (function, counts[var])
-    for name, reference in build_references(others).items():
-        found[name] = Role("other", "LLVM", lambda table, rng, r=reference: generic_cases(table, r, rng))  # type: ignore[misc]
-    return found
+    return facts, others
 
 
-def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
+def _fact(name: str, function: Any, config: ModelConfig) -> Fact | None:
+    """None for a function that is known neither by its attributes nor by its name."""
     from awq_compile.kernels.embedding import EMBEDDING_TAG
     from awq_compile.kernels.linear import TAG
     from awq_compile.models.sampling import softmax_active
-    from awq_compile.problem import decode_problem
 
     if TAG in function.attrs:
-        problem = decode_problem(str(function.attrs[TAG]))
-        return Role("linear", "float64", lambda _, rng: linear_cases(problem, ROWS, rng))
+        return {"kind": "linear", "problem": str(function.attrs[TAG])}
     if EMBEDDING_TAG in function.attrs:
-        spec = _spec(str(function.attrs[EMBEDDING_TAG]))
-        vocab, hidden = config.vocab_size, config.hidden_size
-        return Role(
-            "embedding",
-            "float64",
-            lambda table, rng: embedding_cases(spec, vocab, hidden, table["params"][-1]["dtype"], ROWS, rng),
-        )
+        return {"kind": "embedding", "spec": str(function.attrs[EMBEDDING_TAG])}
+    if name in _NAMES:
+        return {"kind": "named"}
+    if (active := softmax_active(name, config.vocab_size)) is not None:
+        return {"kind": "softmax", "active": active}
+    return None
+
+
+def roles_of(facts: Mapping[str, Fact], references: Mapping[str, Reference], config: ModelConfig) -> dict[str, Role]:
+    """By name of PrimFunc."""
+    return {name: _role(name, fact, references, config) for name, fact in facts.items()}
+
+
+def _role(name: str, fact: Fact, references: Mapping[str, Reference], config: ModelConfig) -> Role:
+    match fact["kind"]:
+        case "linear":
+            problem = decode_problem(fact["problem"])
+            return Role("linear", "float64", lambda _, rng: linear_cases(problem, ROWS, rng))
+        case "embedding":
+            spec = _spec(fact["spec"])
+            vocab, hidden = config.vocab_size, config.hidden_size
+            return Role(
+                "embedding",
+                "float64",
+                lambda table, rng: embedding_cases(spec, vocab, hidden, table["params"][-1]["dtype"], ROWS, rng),
+            )
+        case "named":
+            return _named(name, config)
+        case "softmax":
+            active = fact["active"]
+            return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7), active))
+    reference = references[name]
+    return Role("other", "LLVM", lambda table, rng: generic_cases(table, reference, rng))
+
+
+def _named(name: str, config: ModelConfig) -> Role:
     if name in _ATTENTION:
         attend = _ATTENTION[name]
         return Role("attention", "float64", lambda table, rng: attend(table, rng, config.rope_scaling))
@@ -129,11 +167,7 @@ def _known(name: str, function: Any, config: ModelConfig) -> Role | None:
         return Role("kv cache", "exact", _CACHE[name])
     if name in _ENGINE:
         return Role("engine", "float64", _ENGINE[name])
-    if name in _SAMPLER:
-        return Role("sampler", "float64", _SAMPLER[name])
-    if (active := softmax_active(name, config.vocab_size)) is not None:
-        return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7), active))
-    return None
+    return Role("sampler", "float64", _SAMPLER[name])
 
 
 def _spec(name: str) -> WeightSpec:

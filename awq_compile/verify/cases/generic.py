@@ -35,13 +35,18 @@ class Reference:
 
 def build_references(functions: Mapping[str, tuple[Any, int]]) -> dict[str, Reference]:
     """One LLVM library of unscheduled PrimFuncs: name → (function, number of outputs)."""
-    import tvm
-
     if not functions:
         return {}
-    named = {name: f.with_attr("global_symbol", name) for name, (f, _) in functions.items()}
-    library = tvm.tirx.build(tvm.IRModule(named), target=tvm.target.Target("llvm"))
+    library = reference_library({name: function for name, (function, _) in functions.items()}, "llvm")
     return {name: Reference(library[name], outputs) for name, (_, outputs) in functions.items()}
+
+
+def reference_library(functions: Mapping[str, Any], target: Any) -> Any:
+    """The runtime module of PrimFuncs, each under its name."""
+    import tvm
+
+    named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
+    return tvm.tirx.build(tvm.IRModule(named), target=tvm.target.Target(target))
 
 
 def generic_cases(table: Table, reference: Reference, rng: np.random.Generator) -> Iterator[Case]:

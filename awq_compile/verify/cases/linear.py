@@ -10,18 +10,26 @@ import numpy as np
 from awq_compile.formats import WeightSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.verify.case import Case, Expected, ints, poisoned
-from awq_compile.verify.oracles.linear import arrays_of, linear, random_matrix, rows_of, values_of
+from awq_compile.verify.oracles.linear import (
+    arrays_of,
+    epilogue,
+    products_of_all,
+    random_matrix,
+    rows_of,
+    values_of,
+)
 from awq_compile.verify.tolerance import stored, summed
 
 
 def linear_cases(problem: MatmulProblem, rows: Sequence[int], rng: np.random.Generator) -> Iterator[Case]:
-    """M of each of `rows`; fresh x, and one W for all."""
+    """M of each of `rows`; fresh x, and one W for all, which is decoded once."""
     matrix = random_matrix(problem.spec, problem.weight_rows, problem.k, rng)
-    for m in rows:
-        x = rng.standard_normal((m, problem.k)).astype(problem.dtype)
+    xs = [rng.standard_normal((m, problem.k)).astype(problem.dtype) for m in rows]
+    for x, (acc, error) in zip(xs, products_of_all(problem, xs, matrix), strict=True):
+        m = len(x)
         bias = rng.standard_normal(problem.n).astype(np.float16) if problem.epilogue.bias else None
         residual = rng.standard_normal((m, problem.n)).astype(problem.dtype) if problem.epilogue.residual else None
-        expected, bound = linear(problem, x, matrix, bias, residual)
+        expected, bound = epilogue(problem, acc, error, bias, residual)
         extra: list[Any] = [array for array in (bias, residual) if array is not None]
         arguments = [x, *arrays_of(matrix), *extra, poisoned((m, problem.n), problem.out_dtype)]
         yield Case(f"M={m}", arguments, {len(arguments) - 1: Expected(expected, bound)})

@@ -59,3 +59,22 @@ def contiguous(kernel: str, args: Sequence[Argument]) -> list[np.ndarray[Any, An
         if not array.flags.c_contiguous or not array.flags.writeable:
             raise ValueError(f"{kernel}: an array of shape {array.shape} is not contiguous and writable")
     return arrays
+
+
+def distinct(arrays: Sequence[np.ndarray[Any, Any]]) -> tuple[list[np.ndarray[Any, Any]], list[int]]:
+    """The arrays without those given twice, and which of them each is: a kernel may work in place."""
+    slots: dict[tuple[int, int], int] = {}
+    found: list[np.ndarray[Any, Any]] = []
+    at: list[int] = []
+    for array in arrays:
+        key = (array.ctypes.data, array.nbytes)
+        if key not in slots:
+            slots[key] = len(found)
+            found.append(array)
+        at.append(slots[key])
+    return found, at
+
+
+def described(array: np.ndarray[Any, Any]) -> str:
+    """Shape and type, for messages."""
+    return f"({'x'.join(map(str, array.shape))} {array.dtype})"

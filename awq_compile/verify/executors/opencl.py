@@ -7,13 +7,8 @@ Buffers lie between watched zones; what is written there is reported.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
-import selectors
-import subprocess
-import sys
-import weakref
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -24,7 +19,7 @@ import numpy as np
 from awq_compile import settings
 from awq_compile.errors import CompileError, EnvironmentMissingError
 from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3, contiguous
-from awq_compile.verify.executors.opencl_worker import receive, send
+from awq_compile.verify.executors.child import Answer, Child, ChildLostError
 
 _HINT: Final = "for any CPU: pip install pyopencl intel-opencl-rt intel-cmplr-lib-rt"
 _VENDORS: Final = Path("/etc/OpenCL/vendors")
@@ -55,7 +50,7 @@ class OpenCLExecutor:
         self.prefer = prefer
         self.seconds = seconds
         self._kernels: dict[str, str] = {}
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self.device = ""
 
     def load(self, code: DeviceCode) -> None:
@@ -102,31 +97,19 @@ class OpenCLExecutor:
     def close(self) -> None:
         """Ends the child process."""
         if self._child is not None:
-            _end(self._child)
+            self._child.close()
             self._child = None
 
-    def _ask(self, what: str, header: dict[str, Any], blobs: Sequence[Any]) -> tuple[dict[str, Any], list[bytes]]:
-        child = self._start()
-        assert child.stdin is not None and child.stdout is not None
+    def _ask(self, what: str, header: dict[str, Any], blobs: Sequence[Any]) -> Answer:
         try:
-            send(child.stdin, header, blobs)
-            with selectors.DefaultSelector() as selector:
-                selector.register(child.stdout, selectors.EVENT_READ)
-                if not selector.select(self.seconds):
-                    self.close()
-                    raise KernelError(f"{what} is still running after {self.seconds:g} s")
-            return receive(child.stdout)
-        except (EOFError, OSError):
-            code = child.wait()
+            return self._start().ask(header, blobs, self.seconds)
+        except ChildLostError as error:
             self._child = None
-            raise KernelError(f"the OpenCL driver crashed in {what} (exit status {code})") from None
+            raise KernelError(f"{what} {error}") from None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Child:
         if self._child is None:
-            command = [sys.executable, "-m", "awq_compile.verify.executors.opencl_worker"]
-            pipe = subprocess.PIPE
-            self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=driver_environment())
-            weakref.finalize(self, _end, self._child)
+            self._child = Child("awq_compile.verify.executors.opencl_worker", environment=driver_environment())
             answer, _ = self._ask("the search for devices", {"do": "open", "prefer": self.prefer}, [])
             if "error" in answer:
                 self.close()
@@ -197,13 +180,3 @@ def missing() -> str | None:
     finally:
         executor.close()
     return None
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(OSError):
-        child.kill()
-    child.wait()
-    for pipe in (child.stdin, child.stdout):
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.close()

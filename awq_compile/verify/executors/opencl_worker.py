@@ -1,17 +1,11 @@
-"""The child process that holds the OpenCL driver: requests on stdin, answers on stdout.
-
-A message is a u32 length, a JSON header with `sizes`, and that many byte strings.
-"""
+"""The child process that holds the OpenCL driver: see `child`."""
 
 from __future__ import annotations
 
-import json
-import os
-import struct
-import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
+
+from awq_compile.verify.executors.child import Answer, serve
 
 ZONE_BYTES: Final = 4096  # watched, on both sides of a buffer; a multiple of every device's base alignment
 CANARY: Final = 0xC5
@@ -20,28 +14,6 @@ CANARY: Final = 0xC5
 def canary(number: int) -> int:
     """Each buffer's own: a kernel that copies from behind one buffer to behind another must be seen."""
     return (CANARY + 37 * number) % 256
-
-
-def send(pipe: Any, header: dict[str, Any], blobs: Sequence[Any]) -> None:
-    """Writes one message."""
-    text = json.dumps({**header, "sizes": [len(b) for b in blobs]}).encode()
-    pipe.write(struct.pack("<I", len(text)) + text)
-    for blob in blobs:
-        pipe.write(blob)
-    pipe.flush()
-
-
-def receive(pipe: Any) -> tuple[dict[str, Any], list[bytes]]:
-    """Reads one message. Raises `EOFError` when the other side is gone."""
-
-    def exactly(count: int) -> bytes:
-        data = pipe.read(count)
-        if len(data) != count:
-            raise EOFError
-        return bytes(data)
-
-    header = json.loads(exactly(struct.unpack("<I", exactly(4))[0]))
-    return header, [exactly(size) for size in header.pop("sizes")]
 
 
 class Worker:
@@ -68,7 +40,7 @@ class Worker:
             self.kernels[name, source] = self.cl.Kernel(program, name)
         return self.kernels[name, source]
 
-    def launch(self, request: dict[str, Any], blobs: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+    def launch(self, request: dict[str, Any], blobs: list[bytes]) -> Answer:
         """Runs a kernel on copies of the blobs and returns them, or says what went wrong."""
         import numpy as np
 
@@ -108,24 +80,19 @@ class Worker:
 
 
 def main() -> None:
-    """Serves until stdin closes. What the driver prints goes to stderr."""
-    answers: BinaryIO = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    """Serves until stdin closes."""
     warnings.simplefilter("ignore")  # drivers remark on every compilation
     worker: Worker | None = None
-    while True:
-        try:
-            request, blobs = receive(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            if request["do"] == "open":
-                worker = Worker(request["prefer"])
-                send(answers, {"device": worker.device.name}, [])
-            elif worker is not None:
-                send(answers, *worker.launch(request, blobs))
-        except Exception as error:  # a driver raises what it likes: the parent reports it
-            send(answers, {"error": f"{type(error).__name__}: {error}"}, [])
+
+    def answer(request: dict[str, Any], blobs: list[bytes]) -> Answer:
+        nonlocal worker
+        if request["do"] == "open":
+            worker = Worker(request["prefer"])
+            return {"device": worker.device.name}, []
+        assert worker is not None
+        return worker.launch(request, blobs)
+
+    serve(answer)
 
 
 if __name__ == "__main__":

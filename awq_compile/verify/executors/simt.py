@@ -16,7 +16,15 @@ from typing import Any, Final
 import numpy as np
 
 from awq_compile.errors import CompileError
-from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3, contiguous
+from awq_compile.verify.executors.base import (
+    Argument,
+    DeviceCode,
+    KernelError,
+    Size3,
+    contiguous,
+    described,
+    distinct,
+)
 from awq_compile.verify.executors.guarded import GuardedBuffer, fiber_stacks
 from awq_compile.verify.executors.simt_build import compile_shim
 from awq_compile.verify.executors.simt_source import ShimSource, joined, shim_source
@@ -128,7 +136,7 @@ class SimtExecutor:
             raise KernelError(f"{kernel}: a block of {threads} threads; at most {MAX_THREADS} are possible")
         if 0 in grid:
             return
-        arrays, slots = _distinct(contiguous(kernel, args))
+        arrays, slots = distinct(contiguous(kernel, args))
         loaded = _Loaded(self._texts[kernel], self._compiled(kernel))
         results: list[list[np.ndarray[Any, Any]]] = []
         for order in range(self.orders):
@@ -138,7 +146,7 @@ class SimtExecutor:
                 self._run(loaded, kernel, args, buffers, addresses, grid, block, dynamic_shared, order)
             for number, buffer in enumerate(buffers):
                 if (stray := buffer.stray()) is not None:
-                    raise KernelError(f"{kernel} writes {stray} buffer {number} {_shape(arrays[number])}")
+                    raise KernelError(f"{kernel} writes {stray} buffer {number} {described(arrays[number])}")
             results.append([buffer.array() for buffer in buffers])
             self._same(kernel, results[0], results[-1], order)
         for array, result in zip(arrays, results[0], strict=True):
@@ -204,27 +212,9 @@ class SimtExecutor:
             if differs.any():
                 index = int(np.flatnonzero(differs)[0]) // a.itemsize
                 raise KernelError(
-                    f"{kernel} races: element {index} of buffer {number} {_shape(a)} is {a.flat[index]} with threads "
-                    f"in {ORDERS[0]} order and {b.flat[index]} in {ORDERS[min(order, 2)]} order"
+                    f"{kernel} races: element {index} of buffer {number} {described(a)} is {a.flat[index]} with "
+                    f"threads in {ORDERS[0]} order and {b.flat[index]} in {ORDERS[min(order, 2)]} order"
                 )
-
-
-def _distinct(arrays: list[np.ndarray[Any, Any]]) -> tuple[list[np.ndarray[Any, Any]], list[int]]:
-    """The arrays without those given twice, and which of them each is: a kernel may work in place."""
-    slots: dict[tuple[int, int], int] = {}
-    distinct: list[np.ndarray[Any, Any]] = []
-    at: list[int] = []
-    for array in arrays:
-        key = (array.ctypes.data, array.nbytes)
-        if key not in slots:
-            slots[key] = len(distinct)
-            distinct.append(array)
-        at.append(slots[key])
-    return distinct, at
-
-
-def _shape(array: np.ndarray[Any, Any]) -> str:
-    return f"({'x'.join(map(str, array.shape))} {array.dtype})"
 
 
 def _pack(name: str, signature: str, args: Sequence[Argument], addresses: list[int]) -> list[Any]:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from awq_compile.errors import EnvironmentMissingError, UsageError
 from awq_compile.targets.vulkan.spirv.shader import HANDLE, SLOT_BYTES, Shader
+from awq_compile.verify.executors.base import KernelError
 
 Array = npt.NDArray[Any]
 Argument = Array | int | float | np.generic
@@ -207,7 +208,10 @@ class VulkanExecutor:
                 slots = self._acquire(len(scalars), uniform=True)
                 slots.bytes[: len(scalars)] = np.frombuffer(scalars, np.uint8)
             self._bind(pipeline, used, slots)
-            self._submit(pipeline, b"" if slots else scalars, grid)
+            try:
+                self._submit(pipeline, b"" if slots else scalars, grid)
+            except self._vk.VkError as error:  # a GPU that meets a fault is lost
+                raise KernelError(f"{kernel}: the device gives up: {error!r}") from None
             for array, buffer, written in zip(arrays, used, pipeline.written, strict=True):
                 if written:
                     array.reshape(-1).view(np.uint8)[:] = buffer.bytes[: array.nbytes]

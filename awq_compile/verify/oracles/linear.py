@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from awq_compile.verify.tolerance import FUNCTION, ROUNDOFF, stored, summed
 Matrix = QuantizedMatrix | npt.NDArray[np.float16]
 F64 = npt.NDArray[np.float64]
 _SILU_SLOPE = 1.1  # |silu'| is below this
+_BLOCK: Final = 2048  # rows of W at a time
 
 
 def random_matrix(spec: WeightSpec, n: int, k: int, rng: np.random.Generator) -> Matrix:
@@ -34,7 +36,7 @@ def arrays_of(matrix: Matrix) -> list[npt.NDArray[Any]]:
     return list(matrix.arrays().values()) if isinstance(matrix, QuantizedMatrix) else [matrix]
 
 
-def rows_of(matrix: Matrix, rows: npt.NDArray[np.integer]) -> Matrix:
+def rows_of(matrix: Matrix, rows: npt.NDArray[np.integer] | slice) -> Matrix:
     """Some rows of W."""
     if not isinstance(matrix, QuantizedMatrix):
         return np.asarray(matrix[rows])
@@ -50,17 +52,6 @@ def values_of(matrix: Matrix) -> F64:
     return matrix.astype(np.float64)
 
 
-def linear(
-    problem: MatmulProblem,
-    x: npt.NDArray[Any],
-    matrix: Matrix,
-    bias: npt.NDArray[Any] | None = None,
-    residual: npt.NDArray[Any] | None = None,
-) -> tuple[F64, F64]:
-    """(y, bound)."""
-    return epilogue(problem, *products(problem, x, matrix), bias, residual)
-
-
 def products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix) -> tuple[F64, F64]:
     """(x Wᵀ, bound). The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
     if isinstance(matrix, QuantizedMatrix):
@@ -73,6 +64,28 @@ def products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix) -> tup
         rounded = np.abs(x.astype(np.float64)) @ np.abs(values_of(matrix)).T
         error = error + 1.01 * ROUNDOFF[problem.dtype] * rounded
     return acc, error
+
+
+def products_of_all(
+    problem: MatmulProblem, xs: Sequence[npt.NDArray[Any]], matrix: Matrix
+) -> Iterator[tuple[F64, F64]]:
+    """`products` of each x, from one pass over W: its decoded values, in float64, are never there as a whole."""
+    few = np.concatenate([x for x in xs if len(x) <= SMALL_ROWS] or [xs[0][:0]])
+    many = np.concatenate([x for x in xs if len(x) > SMALL_ROWS] or [xs[0][:0]])
+    found = [np.empty((2, len(x), problem.weight_rows)) for x in (few, many)]
+    matrix = matrix.in_order("NK") if isinstance(matrix, QuantizedMatrix) else matrix
+    for start in range(0, problem.weight_rows, _BLOCK):
+        columns = slice(start, start + _BLOCK)
+        part = rows_of(matrix, columns)
+        for x, both in zip((few, many), found, strict=True):
+            if len(x):
+                both[:, :, columns] = products(problem, x, part)
+    at = [0, 0]
+    for x in xs:
+        which = int(len(x) > SMALL_ROWS)
+        acc, error = found[which][:, at[which] : at[which] + len(x)]
+        at[which] += len(x)
+        yield acc, error
 
 
 def epilogue(

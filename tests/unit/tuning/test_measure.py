@@ -20,7 +20,7 @@ from awq_compile.tuning.local import LocalMeasurer
 from awq_compile.tuning.measure import Measurement, Plan, Times, Work
 from awq_compile.tuning.runtime_device import RuntimeDevice
 from awq_compile.tuning.timing import in_turns
-from awq_compile.verify.oracles.linear import linear
+from awq_compile.verify.oracles import linear as oracle
 
 QUICK = Plan(limit=1.0)
 
@@ -85,7 +85,8 @@ def test_the_repeated_rows_give_the_oracle_of_the_whole_matrix(order: str, activ
     epilogue = Epilogue(activation=activation, residual=True)
     problem = MatmulProblem(PERIOD + 90, 64, spec, epilogue, "float16")
     inputs = make_inputs(Work(problem, row_bucket(rows), rows))
-    expected, bound = linear(problem, inputs.x, QuantizedMatrix(spec, *inputs.weight), residual=inputs.extra[-1])
+    acc, error = oracle.products(problem, inputs.x, QuantizedMatrix(spec, *inputs.weight))
+    expected, bound = oracle.epilogue(problem, acc, error, None, inputs.extra[-1])
     np.testing.assert_allclose(inputs.expected, expected, rtol=1e-12)
     np.testing.assert_allclose(inputs.bound, bound)
     y = expected.astype(np.float16)
