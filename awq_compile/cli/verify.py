@@ -27,9 +27,9 @@ def verify(
 ) -> None:
     """Execute every GPU kernel of a compiled directory, on whatever runs it here, against the float64 reference.
 
-    OpenCL and Vulkan code runs through this machine's drivers. CUDA machine code runs on an NVIDIA GPU that takes it; its
-    source on the CPU where there is none (or CUDA_VISIBLE_DEVICES is empty), as Metal's does. Libraries for CPUs have no
-    kernels: the main job compares their logits with torch's.
+    OpenCL and Vulkan code runs through this machine's drivers. CUDA machine code runs on an NVIDIA GPU that takes it,
+    its source on the CPU where there is none (or CUDA_VISIBLE_DEVICES is empty), as Metal's does. Libraries for CPUs
+    have no kernels: the main job compares their logits with torch's.
     """
     from awq_compile.manifest import open_dist
     from awq_compile.targets import resolve_target
