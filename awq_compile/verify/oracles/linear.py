@@ -54,13 +54,17 @@ def values_of(matrix: Matrix) -> F64:
 
 def products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix) -> tuple[F64, F64]:
     """(x Wᵀ, bound). The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
+    return _products(problem, x, matrix, tiled=len(x) > SMALL_ROWS)
+
+
+def _products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix, *, tiled: bool) -> tuple[F64, F64]:
     if isinstance(matrix, QuantizedMatrix):
         acc = reference.linear(x, matrix)
         error = reference.linear_bound(x, matrix, unit_roundoff=ROUNDOFF["float32"])
     else:
         wide, weight = x.astype(np.float64), matrix.astype(np.float64)
         acc, error = wide @ weight.T, summed(problem.k, np.abs(wide) @ np.abs(weight).T)
-    if len(x) > SMALL_ROWS and isinstance(matrix, QuantizedMatrix):
+    if tiled and isinstance(matrix, QuantizedMatrix):
         rounded = np.abs(x.astype(np.float64)) @ np.abs(values_of(matrix)).T
         error = error + 1.01 * ROUNDOFF[problem.dtype] * rounded
     return acc, error
@@ -77,14 +81,14 @@ def products_of_all(
     for start in range(0, problem.weight_rows, _BLOCK):
         columns = slice(start, start + _BLOCK)
         part = rows_of(matrix, columns)
-        for x, both in zip((few, many), found, strict=True):
+        for tiled, x in enumerate((few, many)):
             if len(x):
-                both[:, :, columns] = products(problem, x, part)
+                found[tiled][:, :, columns] = _products(problem, x, part, tiled=bool(tiled))
     at = [0, 0]
     for x in xs:
-        which = int(len(x) > SMALL_ROWS)
-        acc, error = found[which][:, at[which] : at[which] + len(x)]
-        at[which] += len(x)
+        tiled = int(len(x) > SMALL_ROWS)
+        acc, error = found[tiled][:, at[tiled] : at[tiled] + len(x)]
+        at[tiled] += len(x)
         yield acc, error
 
 

@@ -262,11 +262,9 @@ def test_a_driver_that_is_absent_or_refuses_the_code_is_an_error(monkeypatch: py
 def bindings(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
     """Makes `from cuda.bindings import driver` give `driver`; None for a machine without the package."""
     package: Any = ModuleType("cuda.bindings")
-    if driver is not None:
-        package.driver = driver
+    package.driver = driver
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None if driver is None else package)
 
 
 def test_a_gpu_runs_code_of_its_own_generation(monkeypatch: pytest.MonkeyPatch) -> None:
