@@ -197,10 +197,11 @@ def _verify_function(name: str, table: Table, role: Role | None, recording: _Rec
     for kernel in kernels:
         rows[kernel].kind, rows[kernel].oracle = role.kind, role.oracle
     rng = np.random.default_rng(zlib.crc32(name.encode()))
+    kept: dict[int, Any] = {}
     try:
         for case in role.cases(table, rng):
             recording.launched.clear()
-            outcome = _run(table, case, recording)
+            outcome = _run(table, case, recording, kept)
             for kernel in dict.fromkeys(recording.launched or kernels):
                 if kernel in rows:
                     _note(rows[kernel], case, outcome)
@@ -211,8 +212,8 @@ def _verify_function(name: str, table: Table, role: Role | None, recording: _Rec
     return ""
 
 
-def _run(table: Table, case: Case, recording: _Recording) -> Outcome:
-    arguments = call_arguments(table, case)
+def _run(table: Table, case: Case, recording: _Recording, kept: dict[int, Any]) -> Outcome:
+    arguments = call_arguments(table, case, kept)
     try:
         run_prim_func(table, recording, arguments)
         after = arrays_after(arguments)

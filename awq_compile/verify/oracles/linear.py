@@ -16,13 +16,16 @@ from awq_compile.verify.tolerance import FUNCTION, ROUNDOFF, stored, summed
 Matrix = QuantizedMatrix | npt.NDArray[np.float16]
 F64 = npt.NDArray[np.float64]
 _SILU_SLOPE = 1.1  # |silu'| is below this
-_BLOCK: Final = 2048  # rows of W at a time
+_BLOCK: Final = 1 << 20  # elements of W decoded at a time
 
 
 def random_matrix(spec: WeightSpec, n: int, k: int, rng: np.random.Generator) -> Matrix:
     """(n, k) with every code, scales of both signs where the format has them, and every zero point."""
     if isinstance(spec, Float16Spec):
-        return (rng.standard_normal((n, k), np.float32) * np.float32(0.1)).astype(np.float16)
+        found = np.empty((n, k), np.float16)
+        for row in range(0, n, rows := max(1, _BLOCK // k)):
+            found[row : row + rows] = rng.standard_normal(found[row : row + rows].shape, np.float32) * np.float32(0.1)
+        return found
     codes = rng.integers(0, spec.levels, (n, k), np.uint8)
     shape = (n, k // spec.group)
     scales = (rng.uniform(0.5, 1.5, shape) / spec.levels).astype(np.float16)
@@ -53,21 +56,8 @@ def values_of(matrix: Matrix) -> F64:
 
 
 def products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix) -> tuple[F64, F64]:
-    """(x Wᵀ, bound). The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
-    return _products(problem, x, matrix, tiled=len(x) > SMALL_ROWS)
-
-
-def _products(problem: MatmulProblem, x: npt.NDArray[Any], matrix: Matrix, *, tiled: bool) -> tuple[F64, F64]:
-    if isinstance(matrix, QuantizedMatrix):
-        acc = reference.linear(x, matrix)
-        error = reference.linear_bound(x, matrix, unit_roundoff=ROUNDOFF["float32"])
-    else:
-        wide, weight = x.astype(np.float64), matrix.astype(np.float64)
-        acc, error = wide @ weight.T, summed(problem.k, np.abs(wide) @ np.abs(weight).T)
-    if tiled and isinstance(matrix, QuantizedMatrix):
-        rounded = np.abs(x.astype(np.float64)) @ np.abs(values_of(matrix)).T
-        error = error + 1.01 * ROUNDOFF[problem.dtype] * rounded
-    return acc, error
+    """(x Wᵀ, bound)."""
+    return _products(problem, x, *_decoded(matrix), tiled=len(x) > SMALL_ROWS)
 
 
 def products_of_all(
@@ -78,18 +68,36 @@ def products_of_all(
     many = np.concatenate([x for x in xs if len(x) > SMALL_ROWS] or [xs[0][:0]])
     found = [np.empty((2, len(x), problem.weight_rows)) for x in (few, many)]
     matrix = matrix.in_order("NK") if isinstance(matrix, QuantizedMatrix) else matrix
-    for start in range(0, problem.weight_rows, _BLOCK):
-        columns = slice(start, start + _BLOCK)
-        part = rows_of(matrix, columns)
+    rows = max(1, _BLOCK // problem.k)
+    for start in range(0, problem.weight_rows, rows):
+        columns = slice(start, start + rows)
+        decoded = _decoded(rows_of(matrix, columns))
         for tiled, x in enumerate((few, many)):
             if len(x):
-                found[tiled][:, :, columns] = _products(problem, x, part, tiled=bool(tiled))
+                found[tiled][:, :, columns] = _products(problem, x, *decoded, tiled=bool(tiled))
     at = [0, 0]
     for x in xs:
         tiled = int(len(x) > SMALL_ROWS)
         acc, error = found[tiled][:, at[tiled] : at[tiled] + len(x)]
         at[tiled] += len(x)
         yield acc, error
+
+
+def _decoded(matrix: Matrix) -> tuple[F64, F64]:
+    """W, and what its elements count for in a bound."""
+    values = values_of(matrix)
+    return values, reference.magnitudes(matrix) if isinstance(matrix, QuantizedMatrix) else np.abs(values)
+
+
+def _products(
+    problem: MatmulProblem, x: npt.NDArray[Any], values: F64, magnitudes: F64, *, tiled: bool
+) -> tuple[F64, F64]:
+    """The tiled kernels, for more than 8 rows, round the decoded weights to the type of x."""
+    wide = x.astype(np.float64)
+    error = summed(problem.k, np.abs(wide) @ magnitudes.T)
+    if tiled and not isinstance(problem.spec, Float16Spec):
+        error = error + 1.01 * ROUNDOFF[problem.dtype] * (np.abs(wide) @ np.abs(values).T)
+    return wide @ values.T, error
 
 
 def epilogue(
