@@ -18,6 +18,7 @@ from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import GemvSchedule
 from awq_compile.targets.roofs import Roof
+from awq_compile.tuning.export import library_name
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.inputs import Inputs
 from awq_compile.tuning.measure import Measurement, Plan, Times, Work
@@ -68,6 +69,35 @@ class FakeDevice:
         if candidate.prefetch == FAILS:
             raise ValueError("does not compile")
         return FakeKernel(candidate)
+
+
+class FakeBuilds:
+    """`Builds` at once: of those that do not compile a measurement, and of others a file that nothing can load."""
+
+    def __init__(self, folder: Path, suffix: str = ".so") -> None:
+        self.folder, self.suffix = folder, suffix
+        self.begun: list[Any] = []
+        self.closed = False
+
+    def begin(self, jobs: Sequence[tuple[Work, Any]], limit: float) -> None:
+        self.forget()
+        self.begun = list(jobs)
+
+    def library(self, work: Work, candidate: Any) -> Path | Measurement:
+        assert (work, candidate) in self.begun
+        if candidate.prefetch == FAILS:
+            return Measurement(candidate, "failed", error="does not compile there")
+        path = self.folder / library_name(work, candidate, self.suffix)
+        path.write_bytes(b"no library")
+        return path
+
+    def forget(self) -> None:
+        self.begun = []
+        for path in self.folder.iterdir():
+            path.unlink()
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class FakeMeasurer:

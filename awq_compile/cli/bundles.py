@@ -13,12 +13,18 @@ if TYPE_CHECKING:
     from awq_compile.tuning.measure import Work
 
 
-def write(folder: Path, works: Sequence[Work], spec: TargetSpec, trials: int, seed: int, output: Output) -> None:
-    """Writes a bundle of kernels."""
+def write(
+    folder: Path, works: Sequence[Work], spec: TargetSpec, trials: int, seed: int, ray: str | None, output: Output
+) -> None:
+    """Writes a bundle of kernels, which the Ray cluster at `ray` builds where one is given."""
+    from contextlib import ExitStack
+
     from awq_compile.tuning.bundle import write_bundle
     from awq_compile.tuning.database import known_records
+    from awq_compile.tuning.ray_builds import RayBuilds, check_address
 
-    with output.bar("compiling") as bar:
+    with ExitStack() as stack, output.bar("compiling") as bar:
+        builds = stack.enter_context(RayBuilds(check_address(ray), spec)) if ray else None
         done = 0
 
         def told(work: Work, count: int) -> None:
@@ -26,7 +32,9 @@ def write(folder: Path, works: Sequence[Work], spec: TargetSpec, trials: int, se
             done += 1
             bar.update(done, len(works), None, f"{work.problem.name} {work.bucket}, {count} candidates in all")
 
-        count = write_bundle(folder, works, spec, known_records(), trials=trials, seed=seed, on_work=told)
+        count = write_bundle(
+            folder, works, spec, known_records(), trials=trials, seed=seed, builds=builds, on_work=told
+        )
     output.say(
         f"{count} candidates of {len(works)} kernels for {spec.name} in {shown(folder)}; on the other machine: "
         f"python {folder.name}/measure.py, and here: awq-compile tune --import-results results.jsonl"

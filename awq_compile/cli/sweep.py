@@ -59,6 +59,6 @@ def sweep(file: File, out: Folder = Path("sweep"), as_json: o.Json = False, verb
 
 def _tune_cell(cell: Cell, output: Output) -> tuple[list[dict[str, Any]], dict[str, int]]:
     kernels = tuning.Kernels.of(cell.model, cell.device.target, cell.scheme, list(cell.buckets), output)
-    place, limit = cell.device.place, cell.seconds
-    found = tuning.tune_kernels(kernels, place, cell.trials, limit, cell.seed, cell.patience, output)
+    limit = cell.seconds
+    found = tuning.tune_kernels(kernels, cell.place, cell.trials, limit, cell.seed, cell.patience, output)
     return found["kernels"], found["devices"]

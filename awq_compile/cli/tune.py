@@ -88,6 +88,16 @@ Import = Annotated[
         "--import-results", metavar="FILE", help="Take in what the script of a bundle wrote.", rich_help_panel=WHERE
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="A Ray cluster that builds kernels for devices elsewhere and for bundles: HOST:PORT, ray://HOST:PORT, "
+        "auto, or local to start one here.",
+        rich_help_panel=WHERE,
+        show_default="this machine",
+    ),
+]
 ListFlag = Annotated[bool, typer.Option("--list", help="List all records.", rich_help_panel=LOOK)]
 Explain = Annotated[
     bool,
@@ -127,6 +137,7 @@ def tune(
     rpc_tracker: Tracker = None,
     rpc_server: Server = None,
     device_key: DeviceKey = None,
+    ray: Ray = None,
     export_bundle: Export = None,
     import_results: Import = None,
     list_records: ListFlag = False,
@@ -171,11 +182,11 @@ def tune(
             from awq_compile.targets.roofs import nominal_roof
 
             works = [share.work for share in work.shares(nominal_roof(work.spec.name))]
-            bundles.write(export_bundle, works, work.spec, trials, seed, output)
+            bundles.write(export_bundle, works, work.spec, trials, seed, ray, output)
             return
         from awq_compile.tuning.rpc import Place
 
-        place = Place.parse(rpc_tracker, rpc_server, device_key)
+        place = Place.parse(rpc_tracker, rpc_server, device_key, ray)
         if strategy == "metaschedule":
             _metaschedule(work, place, trials, seconds_, seed, output)
         elif strategy != "ours":

@@ -33,7 +33,7 @@ from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import ranked
 from awq_compile.tuning.database import ScheduleDatabase
-from awq_compile.tuning.export import export_kernel, kernel_suffix
+from awq_compile.tuning.export import Builds, export_kernel, kernel_suffix
 from awq_compile.tuning.inputs import PERIOD, ROWS_PERIOD, make_inputs
 from awq_compile.tuning.measure import FINAL, SEARCH, Measurement, Plan, Work
 from awq_compile.tuning.record import Record, parse_problem, parse_record, tvm_version
@@ -58,12 +58,13 @@ def write_bundle(
     jobs: int = 1,
     search: Plan = SEARCH,
     final: Plan = FINAL,
+    builds: Builds | None = None,
     on_work: Callable[[Work, int], None] = lambda _work, _count: None,
 ) -> int:
     """Writes `folder` whole or not at all, with up to `trials` candidates of each work; returns how many.
 
     The first of a work is the target's untuned schedule; then those of similar problems and the analytical ranking.
-    With several `jobs`, as many processes compile.
+    With several `jobs`, as many processes compile; with `builds` all is built elsewhere, at once.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists", hint="choose another folder for the bundle")
@@ -73,17 +74,20 @@ def write_bundle(
     unfinished, count = folder.with_name(f".{folder.name}.{os.getpid()}"), 0
     with disk_errors(folder), ExitStack() as stack:
         run: Callable[..., Any] = map
-        if jobs > 1:
+        if jobs > 1 and builds is None:
             run = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"))).map
         try:
             (unfinished / "arrays").mkdir(parents=True)
             described = []
-            for at, work in enumerate(works):
-                schedules = candidates_of(work, spec, database, trials)
+            candidates = [candidates_of(work, spec, database, trials) for work in works]
+            if builds is not None:
+                builds.begin([(w, s) for w, each in zip(works, candidates, strict=True) for s in each], search.limit)
+            for at, (work, schedules) in enumerate(zip(works, candidates, strict=True)):
                 (unfinished / f"w{at}").mkdir()
                 paths = [f"w{at}/{i}{suffix}" for i in range(len(schedules))]
                 whole = [unfinished / path for path in paths]
-                errors = run(partial(_export, work, spec), schedules, whole)
+                export = partial(_export, work, spec) if builds is None else partial(_take, work, builds)
+                errors = run(export, schedules, whole)
                 found = _arrays(unfinished, work, seed) | {
                     "candidates": [
                         {"schedule": encode_schedule(schedule)} | ({"error": error} if error else {"file": path})
@@ -124,6 +128,15 @@ def _export(work: Work, spec: TargetSpec, schedule: Schedule, path: Path) -> str
         export_kernel(work, schedule, spec, path)
     except Exception as error:  # TVM raises what it likes
         return f"{type(error).__name__}: {error}"[:400]
+    return ""
+
+
+def _take(work: Work, builds: Builds, schedule: Schedule, path: Path) -> str:
+    """`_export` of what is built elsewhere."""
+    found = builds.library(work, schedule)
+    if isinstance(found, Measurement):
+        return found.error
+    shutil.move(found, path)
     return ""
 
 

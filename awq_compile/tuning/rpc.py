@@ -3,6 +3,8 @@
 Each connection is a worker process (`rpc_device`) under a `LocalMeasurer`, so that one that hangs is killed. A
 candidate whose worker is lost is measured once more, after the others and by whichever device is free: it may have
 taken its device down, or the device may have died of itself. A device that does not come back is dropped.
+
+With `Builds`, candidates are built elsewhere, for each device one more than it measures; workers find the libraries.
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Final, Self
 
 from awq_compile.errors import EnvironmentMissingError, UsageError
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof, nominal_roof
+from awq_compile.tuning.export import Builds
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.local import LocalMeasurer
 from awq_compile.tuning.measure import Measurement, Plan, Work
+from awq_compile.tuning.ray_builds import RayBuilds, check_address
 from awq_compile.tuning.tracker import Address, Tracker
 
 _TRIES: Final = 2  # of a candidate that loses its device
@@ -33,15 +37,16 @@ _TRIES: Final = 2  # of a candidate that loses its device
 class Place:
     """Where to measure: the devices of `key` that a tracker has, or that of one server, which may ask for a key.
 
-    Neither: this machine.
+    Neither: this machine. `ray` is the Ray cluster that builds for devices elsewhere; without one, this machine does.
     """
 
     tracker: Address | None = None
     server: Address | None = None
     key: str = ""
+    ray: str = ""
 
     @staticmethod
-    def parse(tracker: str | None, server: str | None, key: str | None) -> Place:
+    def parse(tracker: str | None, server: str | None, key: str | None, ray: str | None = None) -> Place:
         """What was typed. Raises `UsageError`."""
         if tracker and server:
             raise UsageError("a tracker and a server exclude each other", hint="a tracker knows its servers")
@@ -51,15 +56,18 @@ class Place:
             raise UsageError(f"the device key {key!r} belongs to a tracker or a server", hint="--rpc-tracker HOST:PORT")
         if key and not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", key):
             raise UsageError(f"the device key {key!r:.80} is not one word of letters, digits, '.', '_' and '-'")
+        if ray and not (tracker or server):
+            raise UsageError("kernels for this machine's own device are built here, not by Ray", hint="leave out --ray")
         address = Address.parse(text) if (text := tracker or server) else None
-        return Place(address if tracker else None, address if server else None, key or "")
+        ray = check_address(ray) if ray else ""
+        return Place(address if tracker else None, address if server else None, key or "", ray)
 
     def open(self, spec: TargetSpec, seed: int) -> LocalMeasurer | RpcMeasurer:
         """A measurer. Raises `EnvironmentMissingError` where nothing is."""
         if self.tracker is not None:
-            return tracker_measurer(spec, self.tracker, self.key, seed)
+            return tracker_measurer(spec, self.tracker, self.key, seed, self.ray)
         if self.server is not None:
-            return server_measurer(spec, self.server, self.key, seed)
+            return server_measurer(spec, self.server, self.key, seed, self.ray)
         return LocalMeasurer(spec, seed=seed)
 
     def __str__(self) -> str:
@@ -68,7 +76,7 @@ class Place:
         return str(self.server) if self.server is not None else "here"
 
 
-def tracker_measurer(spec: TargetSpec, address: Address, key: str, seed: int = 0) -> RpcMeasurer:
+def tracker_measurer(spec: TargetSpec, address: Address, key: str, seed: int = 0, ray: str = "") -> RpcMeasurer:
     """All devices that a tracker has under a key. Raises `EnvironmentMissingError` where there are none."""
     devices = Tracker(address).devices()
     if not devices.get(key):
@@ -77,30 +85,36 @@ def tracker_measurer(spec: TargetSpec, address: Address, key: str, seed: int = 0
             f"the tracker at {address} has no device with the key {key!r}; it has {known}",
             hint=f"on the device: python -m tvm.exec.rpc_server --tracker {address} --key {key}",
         )
-    command = _worker_command("tracker", address, key)
-    return RpcMeasurer([LocalMeasurer(spec, seed=seed, command=command) for _ in range(devices[key])])
+    return _measurer(spec, ["tracker", str(address), key], devices[key], seed, ray)
 
 
-def server_measurer(spec: TargetSpec, address: Address, key: str = "", seed: int = 0) -> RpcMeasurer:
+def server_measurer(spec: TargetSpec, address: Address, key: str = "", seed: int = 0, ray: str = "") -> RpcMeasurer:
     """The device of one server, which asks its clients for `key`."""
-    return RpcMeasurer([LocalMeasurer(spec, seed=seed, command=_worker_command("server", address, key))])
+    return _measurer(spec, ["server", str(address), key], 1, seed, ray)
 
 
-def _worker_command(kind: str, address: Address, key: str) -> list[str]:
+def _measurer(spec: TargetSpec, connection: list[str], count: int, seed: int, ray: str) -> RpcMeasurer:
     for package in ("cloudpickle", "tornado"):
         if find_spec(package) is None:
             raise EnvironmentMissingError(
                 f"the Python package {package!r} is missing, which TVM's RPC needs",
                 hint="pip install awq-compile[farm]",
             )
-    return [sys.executable, "-m", "awq_compile.tuning.rpc_device", kind, str(address), key]
+    builds = RayBuilds(ray, spec) if ray else None
+    command = [sys.executable, "-m", "awq_compile.tuning.rpc_device", *connection]
+    command += [str(builds.folder)] if builds is not None else []
+    return RpcMeasurer([LocalMeasurer(spec, seed=seed, command=command) for _ in range(count)], builds)
 
 
 class RpcMeasurer:
-    """`shares` counts measurements by the address of the server; `dropped` says why workers are not used any more."""
+    """`shares` counts measurements by the address of the server; `dropped` says why workers are not used any more.
 
-    def __init__(self, workers: Sequence[LocalMeasurer]) -> None:
+    `builds` it closes too.
+    """
+
+    def __init__(self, workers: Sequence[LocalMeasurer], builds: Builds | None = None) -> None:
         self.spec = workers[0].spec
+        self.builds = builds
         self.shares: Counter[str] = Counter()
         self.dropped: list[str] = []
         self._live = list(workers)
@@ -109,8 +123,8 @@ class RpcMeasurer:
 
     @property
     def capacity(self) -> int:
-        """See `Measurer`."""
-        return max(1, len(self._live))
+        """See `Measurer`. While every device measures, as many candidates again are built elsewhere."""
+        return max(1, len(self._live)) * (1 if self.builds is None else 2)
 
     def fingerprint(self) -> Fingerprint:
         """See `Measurer`: that of the first device that answers; those that differ are dropped."""
@@ -126,6 +140,8 @@ class RpcMeasurer:
 
     def measure(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> Iterator[Measurement]:
         """See `Measurer`. Raises `EnvironmentMissingError` when no device is left for what was not begun."""
+        if self.builds is not None:
+            self.builds.begin([(work, schedule) for schedule in schedules], plan.limit)
         jobs = _Jobs(schedules)
         told: queue.Queue[Measurement | BaseException | None] = queue.Queue()
 
@@ -151,6 +167,8 @@ class RpcMeasurer:
                     yield found
         finally:
             jobs.close()
+            if self.builds is not None:
+                self.builds.forget()
             for thread in threads:
                 thread.join()
         lost, untried = jobs.left()
@@ -160,21 +178,27 @@ class RpcMeasurer:
 
     def compare(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> list[Measurement]:
         """See `Measurer`: on the first device that does not die of it."""
+        if self.builds is not None:
+            self.builds.begin([(work, schedule) for schedule in schedules], plan.limit)
+        lost = {s: found for s in schedules if (found := self._unbuilt(work, s)) is not None}
+        built = [schedule for schedule in schedules if schedule not in lost]
         for worker in list(self._live):
             if self._starts(worker):
                 try:
-                    found = worker.compare(work, schedules, plan)
+                    times = worker.compare(work, built, plan)
                 except EnvironmentMissingError as error:
                     self._drop(worker, error)
                 else:
-                    self.shares[worker.where] += len(found)
-                    return found
+                    self.shares[worker.where] += len(times)
+                    return [lost.get(s) or times.pop(0) for s in schedules]
         raise self._none_left()
 
     def close(self) -> None:
         """See `Measurer`."""
         for worker in self._live:
             worker.close()
+        if self.builds is not None:
+            self.builds.close()
 
     def __enter__(self) -> Self:
         return self
@@ -187,8 +211,10 @@ class RpcMeasurer:
     ) -> None:
         """Measures with one worker until no jobs are left or its device is gone."""
         while self._starts(worker) and (schedule := jobs.take()) is not None:
+            found = self._unbuilt(work, schedule)
             try:
-                (found,) = worker.measure(work, [schedule], plan)
+                if found is None:
+                    (found,) = worker.measure(work, [schedule], plan)
             except EnvironmentMissingError as error:
                 self._drop(worker, error)
                 jobs.put_back(schedule)
@@ -198,6 +224,11 @@ class RpcMeasurer:
                     self.shares[worker.where] += 1
                 tell(found)
                 jobs.finish()
+
+    def _unbuilt(self, work: Work, schedule: Candidate) -> Measurement | None:
+        """Waits for the library that is built elsewhere; the measurement of a candidate that gives none."""
+        found = self.builds.library(work, schedule) if self.builds is not None else None
+        return replace(found, device=self._device) if isinstance(found, Measurement) else None
 
     def _starts(self, worker: LocalMeasurer) -> bool:
         """Whether a worker is connected to a device like the first one; else it is dropped."""

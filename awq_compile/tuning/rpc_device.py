@@ -1,7 +1,7 @@
 """A device behind a TVM RPC server, as `timing.Device`: kernels are built here, and run and timed there.
 
-As a program, the worker of one connection: `python -m awq_compile.tuning.rpc_device tracker|server HOST:PORT KEY`,
-where a tracker is asked for a free device of that key.
+As a program, the worker of one connection: `python -m awq_compile.tuning.rpc_device tracker|server HOST:PORT KEY
+[FOLDER]`, where a tracker is asked for a free device of that key, and libraries that lie in FOLDER are not built here.
 
 A connection that is lost ends this process with exit status `LOST`, as a crash of a local device ends its worker.
 """
@@ -21,7 +21,7 @@ from awq_compile.errors import EnvironmentMissingError
 from awq_compile.runtime.lean_tvm import tvm
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof, nominal_roof
-from awq_compile.tuning.export import export_kernel, kernel_suffix
+from awq_compile.tuning.export import export_kernel, kernel_suffix, library_name
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.inputs import Inputs
@@ -36,7 +36,7 @@ _SESSION_SECONDS: Final = 3600  # after which a server frees a device whose kern
 
 
 class RpcDevice:
-    """`match` opens the server, `where` is its address and `key` the kind of device.
+    """`match` opens the server, `where` is its address, `key` the kind of device, and `built` a folder of libraries.
 
     Times are those of TVM's time evaluator on the server. W lies there once: before a cold run the caches are
     flushed. A run with the same `copy` as the last is a warm one.
@@ -44,8 +44,8 @@ class RpcDevice:
 
     copies: int = 2
 
-    def __init__(self, spec: TargetSpec, server: Address, match: str, key: str) -> None:
-        self.spec, self.where = spec, str(server)
+    def __init__(self, spec: TargetSpec, server: Address, match: str, key: str, built: Path | None = None) -> None:
+        self.spec, self.where, self.built = spec, str(server), built
         self._suffix = kernel_suffix(spec)
         try:
             self.session = tvm.rpc.connect(server.host, server.port, match, _SESSION_SECONDS)
@@ -81,10 +81,12 @@ class RpcDevice:
         self._loaded += 1
         name = f"kernel{self._loaded}{self._suffix}"
         with tempfile.TemporaryDirectory(prefix="awq-rpc-") as folder:
-            export_kernel(work, candidate, self.spec, Path(folder) / name)
+            path = (self.built or Path(folder)) / library_name(work, candidate, self._suffix)
+            if not path.exists():
+                export_kernel(work, candidate, self.spec, path := Path(folder) / name)
             try:
                 self._arguments[-1].copyfrom(self._inputs.output())
-                self.session.upload(str(Path(folder) / name))
+                self.session.upload(str(path), name)
                 module = self.session.load_module(name)
                 self.session.remove(name)
             except Exception:
@@ -129,10 +131,11 @@ def main() -> None:
     from awq_compile.tuning.worker import serve
 
     kind, address, key = sys.argv[1], Address.parse(sys.argv[2]), sys.argv[3]
+    built = Path(sys.argv[4]) if len(sys.argv) > 4 else None
 
     def open_device(spec: TargetSpec) -> RpcDevice:
         server, word = free_server(address, key) if kind == "tracker" else (address, key)
-        return RpcDevice(spec, server, word, key)
+        return RpcDevice(spec, server, word, key, built)
 
     serve(open_device)
 

@@ -3,10 +3,11 @@
     models = ["./demo", "Qwen/Qwen3-0.6B"]    # as `awq-compile tune` takes them
     schemes = ["w4g128"]                      # left out: each target's own
     buckets = ["gemv", "small", "gemm"]       # left out: all
-    trials = 64                               # these four are those of `awq-compile tune`
+    trials = 64                               # these five are those of `awq-compile tune`
     patience = 24
     seed = 0
     seconds = 3600
+    ray = "192.168.1.10:6379"                 # a Ray cluster that builds for the devices elsewhere
 
     [[device]]
     target = "cpu"                            # this machine
@@ -26,7 +27,7 @@ import json
 import math
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +36,7 @@ from awq_compile.errors import AwqCompileError, CompileError, UsageError
 from awq_compile.formats import QuantScheme
 from awq_compile.problem import ROW_BUCKETS
 from awq_compile.targets import resolve_target
+from awq_compile.tuning.ray_builds import check_address
 from awq_compile.tuning.rpc import Place
 
 STATE: Final = "sweep.jsonl"
@@ -61,7 +63,7 @@ class SweepDevice:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model with one scheme on one device. `scheme` None: the model's or the target's own."""
+    """One model with one scheme on one device. `scheme` None: the model's or the target's own; `ray` as in `Place`."""
 
     model: str
     scheme: str | None
@@ -71,6 +73,13 @@ class Cell:
     patience: int
     seed: int
     seconds: float | None
+    ray: str = ""
+
+    @property
+    def place(self) -> Place:
+        """Where to measure and to build."""
+        place = self.device.place
+        return replace(place, ray=self.ray) if place.tracker or place.server else place
 
     @property
     def label(self) -> str:
@@ -78,8 +87,8 @@ class Cell:
         return " ".join(word for word in (self.model, self.scheme, "on", self.device.name) if word)
 
     def key(self) -> str:
-        """Equal for equal cells."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """Equal for equal cells, wherever their kernels are built."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "ray"}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def read_sweep(path: Path) -> list[Cell]:
 
 
 def _cells(found: dict[str, Any]) -> Iterator[Cell]:
-    known = [*_KEYS, "seconds", "device"]
+    known = [*_KEYS, "seconds", "ray", "device"]
     if unknown := sorted(set(found) - set(known)):
         raise UsageError(f"unknown keys {', '.join(unknown):.200}", hint=f"known: {', '.join(known)}")
     for key, kind in _KEYS.items():
@@ -127,6 +136,11 @@ def _cells(found: dict[str, Any]) -> Iterator[Cell]:
     seconds = found.get("seconds")
     if seconds is not None and (type(seconds) not in (int, float) or not 1 <= seconds <= 1e9):
         raise UsageError(f"seconds is {seconds!r:.60}, expected a number from 1")
+    ray = found.get("ray", "")
+    if not isinstance(ray, str):
+        raise UsageError(f"ray is {ray!r:.60}, expected the address of a Ray cluster")
+    if "ray" in found:
+        check_address(ray)
     buckets = _words(found, "buckets") or list(ROW_BUCKETS)
     if strange := [bucket for bucket in buckets if bucket not in ROW_BUCKETS]:
         raise UsageError(f"buckets: unknown {', '.join(strange):.60}", hint=f"known: {', '.join(ROW_BUCKETS)}")
@@ -137,7 +151,7 @@ def _cells(found: dict[str, Any]) -> Iterator[Cell]:
         raise UsageError("models is missing", hint='models = ["./demo"]')
     devices = _devices(found.get("device"))
     for device, model, scheme in product(devices, models, schemes or [None]):
-        yield Cell(model, scheme, device, tuple(buckets), **numbers, seconds=seconds)
+        yield Cell(model, scheme, device, tuple(buckets), **numbers, seconds=seconds, ray=ray)
 
 
 def _words(found: dict[str, Any], key: str) -> list[str]:

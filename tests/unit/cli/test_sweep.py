@@ -68,8 +68,19 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text('models = ["a", "b"]\nseconds = 9\n[[device]]\ntarget = "cpu"\n')
     device = SweepDevice("cpu", "cpu")
-    buckets = ("gemv", "small", "gemm")
+    buckets = ("gemv", "small", "medium", "gemm")
     assert read_sweep(path) == [Cell(model, None, device, buckets, 64, 24, 0, 9) for model in ("a", "b")]
+
+
+def test_a_cluster_builds_for_the_devices_elsewhere(tmp_path: Path) -> None:
+    """The one here needs none, and a cell that was done with another cluster is done."""
+    path = tmp_path / "sweep.toml"
+    table = '[[device]]\ntarget = "cpu"\n[[device]]\ntarget = "android"\nserver = "h:1"\n'
+    path.write_text(f'models = ["a"]\nray = "head:6379"\n{table}')
+    cells = read_sweep(path)
+    assert [cell.place.ray for cell in cells] == ["", "head:6379"]
+    path.write_text(f'models = ["a"]\n{table}')
+    assert [cell.key() for cell in read_sweep(path)] == [cell.key() for cell in cells]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +93,8 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
         ('models = ["a"]\ntrials = 0', "trials is 0"),
         ('models = ["a"]\ntrials = true', "trials is True"),
         ('models = ["a"]\nseconds = nan', "seconds is nan"),
+        ('models = ["a"]\nray = true', "ray is True"),
+        ('models = ["a"]\nray = "head"', "'head' is not the address of a Ray cluster"),
         ('models = ["a"]\nschemes = ["w5"]', "w5"),
         ('models = ["a"]\nbuckets = ["x"]', "buckets: unknown x"),
         ('models = ["a"]\n[[device]]\nname = "x"', "target is missing"),

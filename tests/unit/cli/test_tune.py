@@ -94,6 +94,9 @@ def test_records_are_listed_merged_and_compared(
         (("a", "b"), "one MODEL"),
         (("none",), "does not exist"),
         ((DEMO, "--bucket", "huge"), "unknown bucket"),
+        ((DEMO, "--ray", "auto"), "are built here, not by Ray"),
+        ((DEMO, "--rpc-server", "h:1", "--ray", "head"), "not the address of a Ray cluster"),
+        ((DEMO, "--export-bundle", "bundle", "--ray", "head"), "not the address of a Ray cluster"),
         ((DEMO, "--target", "opencl", "--scheme", "w9g1"), "bits must be"),
     ],
 )

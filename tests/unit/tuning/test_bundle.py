@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_tuning import WORK
+from helpers_tuning import FAILS, WORK, FakeBuilds
 
 from awq_compile.errors import CompileError, UsageError
 from awq_compile.targets import resolve_target
@@ -68,6 +68,23 @@ def test_a_bundle_gives_what_measuring_directly_gives(bundle: tuple[Path, list[d
     assert [line["found"]["status"] for line in lines[1:5]] == [*(m.status for m in direct), "failed"]
     assert [line["found"]["schedule"] for line in lines[1:5]] == [encode_schedule(s) for s in schedules]
     assert len(lines) == 6 and "final" in lines[5] and results.notes == []
+
+
+def test_a_bundle_that_is_built_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All candidates are begun at once; libraries and errors are those from there."""
+    (tmp_path / "built").mkdir()
+    builds, works = FakeBuilds(tmp_path / "built"), [THE_WORK, replace(THE_WORK, bucket="small", rows=4)]
+    (rule,) = candidates_of(THE_WORK, SPEC, ScheduleDatabase(), 1)
+    schedules = [replace(rule, prefetch=p) for p in (0, FAILS)]
+    monkeypatch.setattr("awq_compile.tuning.bundle.candidates_of", lambda *_: schedules)
+    assert write_bundle(tmp_path / "bundle", works, SPEC, ScheduleDatabase(), trials=2, builds=builds) == 4
+    assert builds.begun == [(work, schedule) for work in works for schedule in schedules]
+    described = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["works"]
+    for i, work in enumerate(described):
+        good, bad = work["candidates"]
+        assert good == {"schedule": encode_schedule(schedules[0]), "file": f"w{i}/0.so"}
+        assert bad == {"schedule": encode_schedule(schedules[1]), "error": "does not compile there"}
+        assert (tmp_path / "bundle" / good["file"]).read_bytes() == b"no library"
 
 
 def first(line: str, **changes: Any) -> Callable[[list[dict[str, Any]]], None]:

@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_tuning import COMMAND, CRASHES, FAILS, GOOD, HANGS, WORK, WRONG, fake
+from helpers_tuning import COMMAND, CRASHES, FAILS, GOOD, HANGS, WORK, WRONG, FakeBuilds, fake
 
 from awq_compile.errors import EnvironmentMissingError, UsageError
 from awq_compile.targets import resolve_target
+from awq_compile.tuning import rpc
 from awq_compile.tuning.local import LocalMeasurer
 from awq_compile.tuning.measure import SEARCH, Plan
 from awq_compile.tuning.rpc import Place, RpcMeasurer, tracker_measurer
@@ -88,7 +89,7 @@ def farm(tmp_path: Path) -> Iterator[Farm]:
     started.close()
 
 
-def test_a_run_outlives_one_of_its_servers(farm: Farm) -> None:
+def test_a_run_outlives_one_of_its_servers(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both devices measure, one is killed in the middle of it, and every candidate has its right result once."""
     work = replace(WORK, problem=replace(WORK.problem, dtype=SPEC.dtype))
     schedules = list(space_of(work.problem, work.bucket, SPEC).members)[:16]
@@ -111,6 +112,15 @@ def test_a_run_outlives_one_of_its_servers(farm: Farm) -> None:
         assert len(measurer.dropped) == 1 and "no free device" in measurer.dropped[0]
         compared = measurer.compare(work, schedules[:2], PLAN)
         assert [m.schedule for m in compared] == schedules[:2] and {m.status for m in compared} == {"ok"}
+    # A library that was built elsewhere is not built here.
+    (tmp_path / "built").mkdir()
+    built = FakeBuilds(tmp_path / "built")
+    monkeypatch.setattr(rpc, "RayBuilds", lambda address, spec: built)
+    place = Place(farm.address, key=KEY, ray="auto")
+    with place.open(SPEC, 0) as measurer:
+        (found,) = measurer.measure(work, schedules[:1], PLAN)
+        assert found.status == "failed" and "kernel1.so" in found.error
+    assert built.closed and not list(built.folder.iterdir())
 
 
 def fake_farm(count: int) -> RpcMeasurer:
@@ -127,6 +137,32 @@ def test_what_a_candidate_does_to_its_device() -> None:
         found = {m.schedule: m.status for m in measurer.measure(WORK, [*behaviours, *good], plan)}
         assert found == behaviours | dict.fromkeys(good, "ok")
         assert sum(measurer.shares.values()) == 7 and not measurer.dropped
+
+
+def test_candidates_that_are_built_elsewhere(tmp_path: Path) -> None:
+    """What does not compile there never comes to a device; two candidates for each device are under way."""
+    builds, bad, good = FakeBuilds(tmp_path), fake(FAILS), [fake(GOOD, rows) for rows in (2, 4, 6)]
+    with RpcMeasurer([LocalMeasurer(SPEC, command=COMMAND) for _ in range(2)], builds) as measurer:
+        assert measurer.capacity == 4
+        found = {m.schedule: m for m in measurer.measure(WORK, [bad, *good], PLAN)}
+        assert {s: m.status for s, m in found.items()} == {bad: "failed"} | dict.fromkeys(good, "ok")
+        assert found[bad].error == "does not compile there" and found[bad].device == measurer.fingerprint()
+        compared = measurer.compare(WORK, [good[0], bad, good[1]], PLAN)
+        assert [(m.schedule, m.status) for m in compared] == [(good[0], "ok"), (bad, "failed"), (good[1], "ok")]
+    assert builds.closed
+
+
+def test_a_cluster_that_is_gone_ends_the_run(tmp_path: Path) -> None:
+    """It is not the devices' fault: none is dropped, and none waits for ever."""
+
+    class Gone(FakeBuilds):
+        def library(self, work: object, candidate: object) -> object:
+            raise EnvironmentMissingError("the Ray cluster is gone")
+
+    with RpcMeasurer([LocalMeasurer(SPEC, command=COMMAND) for _ in range(2)], Gone(tmp_path)) as measurer:
+        with pytest.raises(EnvironmentMissingError, match="the Ray cluster is gone"):
+            list(measurer.measure(WORK, [fake(GOOD, rows) for rows in (2, 4, 6)], PLAN))
+        assert not measurer.dropped and measurer.capacity == 4
 
 
 def test_when_no_device_is_left(tmp_path: Path) -> None:
