@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
+from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
@@ -72,6 +73,21 @@ def _matrix_gemv(problem: MatmulProblem) -> MatrixGemvSchedule:
     return MatrixGemvSchedule(min(groups, next((n for n in (16, 8) if blocks * n <= resident), 4)), tiles)
 
 
+def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """The wider W is, the fewer warps share its groups, and the more rows of it and of x each takes.
+
+    Measured on an H200 with 16 and 64 rows. With zero points to keep, or groups that two warps share unevenly, four
+    tiles by four columns take more registers than exist.
+    """
+    groups = problem.k // 128
+    if problem.weight_rows < 12288:
+        return MatrixGemvSchedule(min(groups, 8), 2, columns=2)
+    if problem.weight_rows < 24576:
+        return MatrixGemvSchedule(min(groups, 4), 4, columns=2, stages=2)
+    plain = isinstance(problem.spec, QuantSpec) and problem.spec.symmetric and groups % 2 == 0
+    return MatrixGemvSchedule(min(groups, 2), 4 if plain else 2, columns=4)
+
+
 def _mma_k(arch: str) -> int:
     return 8 if arch == "sm_75" else 16
 
@@ -88,11 +104,12 @@ class CudaTarget(GpuTarget):
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
         few = _matrix_gemv(problem)
-        medium = MatrixGemvSchedule(min(problem.k // 128, 8), 2, columns=4)
-        many: StagedMatrixSchedule | WarpgroupSchedule = StagedMatrixSchedule(4, 2, 8, 3)
+        # Where tiles share what is read of several rows of x, more of them pay.
+        small = replace(few, warps=min(2 * few.warps, 16, problem.k // 128), tiles=min(2 * few.tiles, 4))
+        many: StagedMatrixSchedule | WarpgroupSchedule = StagedMatrixSchedule(8, 2, 16)
         if self.archs == ("sm_90",):
-            many = WarpgroupSchedule(2, 2 if problem.weight_rows >= 8192 else 1, 16)
-        return replace(chosen, gemv=few, small=few, medium=medium, gemm=many)
+            many = WarpgroupSchedule(2 if problem.weight_rows >= 2048 else 1, 2, 16)
+        return replace(chosen, gemv=few, small=small, medium=_medium(problem), gemm=many)
 
     @contextmanager
     def building(self) -> Iterator[None]:

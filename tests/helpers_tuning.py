@@ -40,7 +40,7 @@ class FakeKernel:
 
     schedule: Any
 
-    def run(self, copy: int) -> float:
+    def run(self, copy: int, *, cold: bool) -> float:
         if self.schedule.prefetch == CRASHES:
             os.abort()
         if self.schedule.prefetch == HANGS:

@@ -86,7 +86,7 @@ class CpuKernel:
     weights: list[list[Any]]
     rest: list[Any]
 
-    def run(self, copy: int) -> float:
+    def run(self, copy: int, *, cold: bool) -> float:
         """See `Kernel`."""
         weight = self.weights[copy]
         start = time.perf_counter()
@@ -226,7 +226,7 @@ class OpenCLKernel:
     executor: TimingExecutor
     arguments: OpenCLArguments
 
-    def run(self, copy: int) -> float:
+    def run(self, copy: int, *, cold: bool) -> float:
         """See `Kernel`."""
         a = self.arguments
         self.executor.nanoseconds = 0

@@ -39,10 +39,10 @@ class RpcDevice:
     """`match` opens the server, `where` is its address, `key` the kind of device, and `built` a folder of libraries.
 
     Times are those of TVM's time evaluator on the server. W lies there once: before a cold run the caches are
-    flushed. A run with the same `copy` as the last is a warm one.
+    flushed.
     """
 
-    copies: int = 2
+    copies: int = 1
 
     def __init__(self, spec: TargetSpec, server: Address, match: str, key: str, built: Path | None = None) -> None:
         self.spec, self.where, self.built = spec, str(server), built

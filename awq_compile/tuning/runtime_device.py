@@ -1,8 +1,7 @@
 """A device of this machine through TVM's own runtime, as `timing.Device`.
 
 The wheel from PyPI has that of CUDA, and on a Mac that of Metal. Candidates are built and linked as for another
-machine. W lies on the device once: before a cold run the caches are flushed. A run with the same `copy` as the last is
-a warm one.
+machine. W lies on the device once: before a cold run the caches are flushed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _FLUSH_BYTES: Final = 128 << 20  # copied before a cold run on a GPU: more than 
 class RuntimeDevice:
     """Device 0 of the target's kind. Raises `EnvironmentMissingError` where TVM's runtime has none."""
 
-    copies: int = 2
+    copies: int = 1
 
     def __init__(self, spec: TargetSpec) -> None:
         self.spec = spec
@@ -92,11 +91,9 @@ class RuntimeKernel:
     module: Any
     inputs: Inputs
     arguments: list[Any]
-    last: int = -1
 
-    def run(self, copy: int) -> float:
+    def run(self, copy: int, *, cold: bool) -> float:
         """See `Kernel`."""
-        cold, self.last = copy != self.last, copy
         cpu = self.where.fingerprint.kind == "cpu"
         flush = _FLUSH_BYTES if cold and not cpu else 0
         before = "cache_flush_cpu_non_first_arg" if cold and cpu else ""

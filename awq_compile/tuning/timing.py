@@ -18,8 +18,11 @@ from awq_compile.tuning.measure import Plan, Times, Work
 class Kernel(Protocol):
     """A candidate on a device, with its arguments."""
 
-    def run(self, copy: int) -> float:
-        """Runs with a copy of W, waits, and gives the seconds that the device took."""
+    def run(self, copy: int, *, cold: bool) -> float:
+        """Runs with a copy of W, waits, and gives the seconds that the device took.
+
+        Where W lies there once, `cold` says whether caches are emptied before.
+        """
 
     def wrong(self) -> str:
         """What is wrong with the last result; empty when nothing is."""
@@ -42,22 +45,33 @@ class Device(Protocol):
 
 
 @dataclass
+class Rotation:
+    """The copies of W of one work, in turn for all of its kernels: what another has just read is warm, too."""
+
+    copies: int
+    last: int = 0
+
+    def next(self) -> int:
+        """The copy that no kernel read for longest."""
+        self.last = (self.last + 1) % self.copies
+        return self.last
+
+
+@dataclass
 class Clock:
-    """Times of one kernel; copies of W are taken in turns, so that its weights are cold."""
+    """Times of one kernel; all clocks of a work share its rotation."""
 
     kernel: Kernel
-    copies: int
-    at: int = 0
+    rotation: Rotation
     estimate: float = math.inf  # seconds of a run
 
     def cold(self) -> float:
-        """One run over the copy that was not read for longest."""
-        self.at = (self.at + 1) % self.copies
-        return self.kernel.run(self.at)
+        """One run over weights that lie in no cache."""
+        return self.kernel.run(self.rotation.next(), cold=True)
 
     def warm(self) -> float:
         """One run over the copy that was read last."""
-        return self.kernel.run(self.at)
+        return self.kernel.run(self.rotation.last, cold=False)
 
 
 def check(clock: Clock) -> str:

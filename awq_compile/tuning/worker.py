@@ -25,7 +25,7 @@ from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.foreign import Candidate, decode_candidate
 from awq_compile.tuning.inputs import make_inputs
 from awq_compile.tuning.measure import Measurement, Plan, Work
-from awq_compile.tuning.timing import Clock, Device, check, time_in_turns, time_kernel
+from awq_compile.tuning.timing import Clock, Device, Rotation, check, time_in_turns, time_kernel
 
 _WORDS: Final = 400  # of a driver's message
 
@@ -36,18 +36,19 @@ class Worker:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.work: Work | None = None
+        self.rotation = Rotation(1)
 
     def prepare(self, work: Work, seed: int) -> None:
         """Makes inputs and the oracle's results, once for all candidates of a work."""
         self.work = None
         self.device.prepare(make_inputs(work, seed))
-        self.work = work
+        self.work, self.rotation = work, Rotation(self.device.copies)
 
     def clock(self, candidate: Candidate) -> Clock | Measurement:
         """A kernel that gave the right result, or the measurement that says what is wrong."""
         assert self.work is not None
         try:
-            clock = Clock(self.device.load(self.work, candidate), self.device.copies)
+            clock = Clock(self.device.load(self.work, candidate), self.rotation)
             reason = check(clock)
         except Exception as error:  # a compiler or a driver raises what it likes
             return Measurement(candidate, "failed", error=f"{type(error).__name__}: {error}"[:_WORDS])

@@ -19,7 +19,7 @@ from awq_compile.tuning.inputs import PERIOD, ROWS_PERIOD, make_inputs
 from awq_compile.tuning.local import LocalMeasurer
 from awq_compile.tuning.measure import Measurement, Plan, Times, Work
 from awq_compile.tuning.runtime_device import RuntimeDevice
-from awq_compile.tuning.timing import in_turns
+from awq_compile.tuning.timing import Clock, Rotation, in_turns, time_in_turns
 from awq_compile.verify.oracles import linear as oracle
 
 QUICK = Plan(limit=1.0)
@@ -51,6 +51,23 @@ def test_a_comparison_survives_its_members(measurer: LocalMeasurer) -> None:
     assert found[0].seconds > found[3].seconds
 
 
+def test_no_kernel_finds_the_weights_that_another_read() -> None:
+    """Three kernels in turns over four copies: no cold run meets a copy that any of them read in the last three."""
+    read: list[int] = []
+
+    class Reading:
+        def run(self, copy: int, *, cold: bool) -> float:
+            read.extend([copy] if cold else [])
+            return 1e-3
+
+        def wrong(self) -> str:
+            return ""
+
+    rotation = Rotation(4)
+    time_in_turns([Clock(Reading(), rotation, 1e-3) for _ in range(3)], Plan())
+    assert len(read) > 12 and all(len(set(read[i : i + 4])) == 4 for i in range(len(read) - 3))
+
+
 def test_a_device_of_tvms_runtime() -> None:
     """The CPU stands for a GPU: a kernel is exported, loaded, checked against the oracle and timed."""
     spec = resolve_target("cpu")
@@ -58,11 +75,11 @@ def test_a_device_of_tvms_runtime() -> None:
     device, inputs = RuntimeDevice(spec), make_inputs(work)
     device.prepare(inputs)
     kernel = device.load(work, spec.rule(work.problem).gemv)
-    assert kernel.run(0) > 0 and kernel.run(0) > 0 and kernel.run(1) > 0
+    assert kernel.run(0, cold=True) > 0 and kernel.run(0, cold=False) > 0
     assert kernel.wrong() == ""
     device.prepare(replace(inputs, expected=inputs.expected + 1))
     kernel = device.load(work, spec.rule(work.problem).gemv)
-    kernel.run(0)
+    kernel.run(0, cold=True)
     assert kernel.wrong() != ""
     with pytest.raises(EnvironmentMissingError, match="TVM's runtime finds no metal device"):
         RuntimeDevice(resolve_target("metal"))
