@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError
-from awq_compile.targets.cuda import with_device_functions
+from awq_compile.targets.cuda import machine_archs, with_device_functions
 from awq_compile.verify.device_code import DeviceModule
 
 _ENTRY: Final = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
@@ -48,7 +48,7 @@ def cuda_resources(source: str, archs: Sequence[str]) -> list[Resources]:
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "kernels.cu"
         code.write_text(with_device_functions(source, archs[0]), encoding="utf-8")
-        targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
+        targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in machine_archs(source, tuple(archs))]
         command = ["nvcc", "-fatbin", "-O3", "-std=c++17", "-Xptxas", "-v", *targets, "-o", f"{folder}/out", str(code)]
         done = _run(command, "install the CUDA toolkit")
     if done.returncode:
