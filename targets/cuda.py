@@ -132,10 +132,10 @@ class CudaTarget(GpuTarget):
         if module.kind != "cuda" or module.payload is None:
             return module
         functions, source = parse_opencl_payload(module.payload)
-        code, form = self._compile(with_digest(source.decode()))
+        code, form = self.machine_code(with_digest(source.decode()))
         return BlobModule("cuda", write_code_payload(form, functions, code))
 
-    def _compile(self, source: str) -> tuple[bytes, str]:
+    def machine_code(self, source: str) -> tuple[bytes, str]:
         """(code, format) of CUDA C++ for all architectures."""
         source, archs = with_device_functions(source, self.archs[0]), machine_archs(source, self.archs)
         if shutil.which("nvcc"):

@@ -163,7 +163,7 @@ def store_sums(
     """
     pairs = args.problem.epilogue.activation == "silu_mul"
     for c, column in ((c, column) for c in range(columns) for column in range(2)):
-        m = T.bind(first_x + c * 8 + t * 2 + column)
+        m = T.bind(first_x + c * COLUMNS + t * 2 + column)
         with T.If(m < args.m32), T.Then():
             for (i, (first, whole)), part in (
                 (tile, part) for tile in enumerate(tiles) for part in range(1 if pairs else 2)
