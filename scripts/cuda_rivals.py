@@ -5,11 +5,12 @@ For `run_cuda_linears`. torch has the memory, the graphs and cuBLAS; CuPy launch
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,31 @@ ROTATED_ROWS = 64  # up to which every run must find its W in memory; beyond, tw
 STATIC_SHARED = 48 << 10  # more needs an opt-in
 
 Call = Callable[[], Any]
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        *(("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint)),
+        *(("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint)),
+    )
+
+
+_OVERLAPPING = _Attribute(6, 0, (1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def launch_early(function: Any, grid: Any, block: Any, values: Sequence[Any], shared_mem: int) -> None:
+    """Launches a kernel of CuPy's on its current stream before the one ahead has ended, as TVM's runtime does."""
+    numbers = [ctypes.c_int64(int(value)) for value in values]
+    pointers = (ctypes.c_void_p * len(numbers))(*map(ctypes.addressof, numbers))
+    stream = cp.cuda.get_current_stream().ptr
+    config = _Config(tuple(grid), tuple(block), shared_mem, stream, ctypes.pointer(_OVERLAPPING), 1)
+    handle = ctypes.c_void_p(function.kernel.ptr)
+    if status := ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx(ctypes.byref(config), handle, pointers, None):
+        raise RuntimeError(f"cuLaunchKernelEx: error {status}")
 
 
 def launching(stream: Any) -> Any:
@@ -59,6 +85,32 @@ def graph_seconds(calls: Sequence[Call], *, least: int = 5, most: int = 9, budge
     return statistics.median(times[1:]) / len(calls)
 
 
+def check_chain(linear: Linear, weights: Weights, *, rounds: int = 20, steps: int = 8) -> None:
+    """Square matmuls each of which reads what the one before has written give the same early as in turn.
+
+    Raises `ArithmeticError`. In a CUDA graph, over poisoned memory, one row.
+    """
+    x = torch.randn(1, linear.problem.k, device="cuda").half()
+    found = []
+    for in_turn in (True, False):
+        rows = torch.empty(rounds, steps, 1, linear.problem.n, dtype=torch.float16, device="cuda")
+        calls = [
+            linear.call([row[i - 1] if i else x, *weights.packed[i % weights.copies], row[i]], in_turn=in_turn)
+            for row in rows
+            for i in range(steps)
+        ]
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream), launching(torch.cuda.current_stream()):
+            for call in calls:
+                call()
+        rows.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        found.append(rows)
+    if not torch.equal(*found):
+        raise ArithmeticError("a kernel read what the one before it had not written yet")
+
+
 def copy_bandwidth() -> float:
     """Bytes per second of a device-to-device copy, read and written."""
     a, b = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -85,13 +137,17 @@ class Linear:
     problem: MatmulProblem
     table: dict[str, Any]
     code: Path
+    overlapping: frozenset[str] = frozenset()  # kernels that are launched before the one ahead has ended
 
     @staticmethod
     def read(folder: Path) -> list[Linear]:
         """All of a bundle."""
         entries = json.loads((folder / "linears.json").read_text())["linears"]
         return [
-            Linear(e["by"], e["from"], decode_problem(e["problem"]), e["table"], folder / f"{i}.cubin")
+            Linear(
+                *(e["by"], e["from"], decode_problem(e["problem"]), e["table"], folder / f"{i}.cubin"),
+                frozenset(e["overlapping"]),
+            )
             for i, e in enumerate(entries)
         ]
 
@@ -108,8 +164,11 @@ class Linear:
             found[kernel] = {name: attributes[name] for name in ("num_regs", "local_size_bytes", "shared_size_bytes")}
         return found
 
-    def call(self, arguments: Sequence[torch.Tensor]) -> Call:
-        """Launches for tensors in the PrimFunc's order: x, the arrays of W, what the epilogue reads, y."""
+    def call(self, arguments: Sequence[torch.Tensor], *, in_turn: bool = False) -> Call:
+        """Launches for tensors in the PrimFunc's order: x, the arrays of W, what the epilogue reads, y.
+
+        `in_turn`: none before the one ahead has ended.
+        """
         kinds = [np.dtype(param["dtype"]) for param in self.table["params"]]
         stand_ins = [np.empty(tuple(t.shape), kind) for t, kind in zip(arguments, kinds, strict=True)]
         pointers = {id(array): tensor.data_ptr() for array, tensor in zip(stand_ins, arguments, strict=True)}
@@ -126,7 +185,8 @@ class Linear:
                 function.max_dynamic_shared_size_bytes = shared
             # A kernel's int32 is the lower half.
             values = tuple(np.int64(pointers[id(a)] if isinstance(a, np.ndarray) else a) for a in args)
-            launches.append((function, grid, block, values, shared))
+            early = kernel in self.overlapping and not in_turn
+            launches.append((partial(launch_early, function) if early else function, grid, block, values, shared))
 
         def run(_kept: Any = (workspaces, arguments)) -> None:
             for function, grid, block, values, shared in launches:
@@ -198,6 +258,8 @@ class Contest:
         found |= {"triton": self.triton, "dlight": self.dlight}
         if self.rows <= 256:
             found["torch_int4"] = self.torch_int4
+        if any(each.by == "ours" and each.overlapping for each in self.linears):
+            found["in_turn"] = self.in_turn
         if self.rows > 8:
             found["mma_float16"] = self.mma_float16
         return found
@@ -206,15 +268,19 @@ class Contest:
         """The copies of W that take turns."""
         return copies if self.rows <= ROTATED_ROWS else copies[:2]
 
-    def launched(self, by: str, copies: Sequence[Sequence[torch.Tensor]]) -> list[Call]:
+    def launched(self, by: str, copies: Sequence[Sequence[torch.Tensor]], *, in_turn: bool = False) -> list[Call]:
         """By kernels of the bundle: the last that serves as many rows."""
         serving = [each for each in self.linears if each.by == by and each.first <= self.rows]
         linear = max(serving, key=lambda each: each.first)
-        return [linear.call([self.x, *arrays, self.y]) for arrays in self.few(copies)]
+        return [linear.call([self.x, *arrays, self.y], in_turn=in_turn) for arrays in self.few(copies)]
 
     def ours(self) -> list[Call]:
         """The kernel of the bucket."""
         return self.launched("ours", self.weights.packed)
+
+    def in_turn(self) -> list[Call]:
+        """The same, each after the end of the one before."""
+        return self.launched("ours", self.weights.packed, in_turn=True)
 
     def dlight(self) -> list[Call]:
         """MLC's schedules."""

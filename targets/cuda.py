@@ -31,6 +31,7 @@ from awq_compile.schedules import (
     StagedMatrixSchedule,
     WarpgroupSchedule,
 )
+from awq_compile.targets.cuda_launch import tagged
 from awq_compile.targets.cuda_ptx import MARK, WARPGROUP_MARK, device_functions
 from awq_compile.targets.cuda_source import with_digest
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
@@ -132,8 +133,9 @@ class CudaTarget(GpuTarget):
         if module.kind != "cuda" or module.payload is None:
             return module
         functions, source = parse_opencl_payload(module.payload)
-        code, form = self.machine_code(with_digest(source.decode()))
-        return BlobModule("cuda", write_code_payload(form, functions, code))
+        text = source.decode()
+        code, form = self.machine_code(with_digest(text))
+        return BlobModule("cuda", write_code_payload(form, tagged(functions, text, self.archs[0]), code))
 
     def machine_code(self, source: str) -> tuple[bytes, str]:
         """(code, format) of CUDA C++ for all architectures."""

@@ -68,6 +68,28 @@ __device__ __forceinline__ void awq_scale_f16(unsigned* d, const void* scale) {
   for (int i = 0; i < 4; ++i) asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(d[i]) : "r"(both));
 }"""
 
+# Reads that are to stand before the wait do without `.nc`, which ptxas would put behind it. The pointers that earlier
+# kernels may have written to pass through the wait: to the compiler, what only a `__restrict__` pointer reaches is no
+# concern of an instruction that does not get it, and reads of x could move up.
+_GRID: Final = """
+__device__ __forceinline__ void awq_load_early_16(unsigned* d, const void* from) {
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(from));
+}
+__device__ __forceinline__ void awq_load_early_2(void* d, const void* from) {
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(*static_cast<unsigned short*>(d)) : "l"(from));
+}
+__device__ __forceinline__ void awq_grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+__device__ __forceinline__ void awq_grid_wait(const void* x, const void* y, const void* residual = nullptr) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : "l"(x), "l"(y), "l"(residual) : "memory");
+#endif
+}"""
+
 _ASYNC: Final = """
 __device__ __forceinline__ void awq_cp_async_16(void* to, const void* from) {
   unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -144,7 +166,7 @@ __device__ __forceinline__ void awq_wgmma_wait_1() {
 def device_functions(newest_k: int, *, warpgroups: bool = False) -> str:
     """All of them; `newest_k` is 16 from sm_80 on, 8 before. `warpgroups`: also those of sm_90a."""
     sizes = (8, 16) if newest_k == 16 else (8,)
-    pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE]
+    pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE, _GRID]
     pieces += [_ASYNC] if newest_k == 16 else []
     pieces += [*(_wgmma(columns) for columns in (64, 128)), _WARPGROUP] if warpgroups else []
     return "\n".join(pieces) + "\n"

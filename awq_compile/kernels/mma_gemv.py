@@ -15,7 +15,18 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.mma_weights import COLUMNS, GROUP, ROWS, WORDS, TileWeights, call, local, pointer
+from awq_compile.kernels.mma_weights import (
+    COLUMNS,
+    GROUP,
+    ROWS,
+    WORDS,
+    TileWeights,
+    call,
+    launch_dependents,
+    local,
+    pointer,
+    wait_for_grids,
+)
 from awq_compile.kernels.simd import ramp
 from awq_compile.kernels.simt import Registers, barrier, branch
 from awq_compile.schedules import MatrixGemvSchedule
@@ -37,6 +48,7 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         T.launch_thread("threadIdx.x", 32) as lane,
         T.launch_thread("threadIdx.y", s.warps) as warp,
     ):
+        launch_dependents()
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first = T.bind(bx * (outputs * s.tiles))
         firsts, thread = [first + i * outputs for i in range(s.tiles)], T.bind(warp * 32 + lane)
@@ -49,8 +61,10 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         for i in range(s.tiles * s.columns * 4):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
         for i in range(weights.ahead):
-            weights.fetch(warp + i * s.warps, i, place=i)
-        with T.serial(0, -(-groups // s.warps)) as turn:
+            weights.fetch(warp + i * s.warps, i, place=i, early=True)
+        turns = -(-groups // s.warps)
+        wait_for_grids(args, loops=turns if max_rows is None else 0)  # few rows have few sums to finish
+        with T.serial(0, turns) as turn:
             group = T.bind(turn * s.warps + warp)
             weights.advance(group + s.warps * weights.ahead, turn)
             with branch(group < groups, always=groups % s.warps == 0):

@@ -14,7 +14,18 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.mma_weights import COLUMNS, GROUP, ROWS, TileWeights, call, local, pointer, store_sums
+from awq_compile.kernels.mma_weights import (
+    COLUMNS,
+    GROUP,
+    ROWS,
+    TileWeights,
+    call,
+    launch_dependents,
+    local,
+    pointer,
+    store_sums,
+    wait_for_grids,
+)
 from awq_compile.kernels.simd import ramp
 from awq_compile.kernels.simt import barrier
 from awq_compile.schedules import StagedMatrixSchedule
@@ -38,6 +49,7 @@ def emit_mma_staged(args: LinearArgs, schedule: StagedMatrixSchedule) -> None:
         T.launch_thread("threadIdx.x", 32) as lane,
         T.launch_thread("threadIdx.y", s.warps) as warp,
     ):
+        launch_dependents()
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first, first_x = T.bind((by * s.warps + warp) * of_warp), T.bind(bx * across)
         firsts = [first + i * outputs for i in range(s.tiles)]
@@ -48,6 +60,7 @@ def emit_mma_staged(args: LinearArgs, schedule: StagedMatrixSchedule) -> None:
         for i in range(s.tiles * s.columns * 4):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
         weights.fetch(0)
+        wait_for_grids(args, loops=groups)
         for stage in range(s.stages - 1):
             stages.begin(stage * stages.size, min(stage // 2, groups - 1), stage % 2)
         with T.serial(0, groups) as group:

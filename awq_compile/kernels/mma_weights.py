@@ -66,20 +66,22 @@ class TileWeights:
         self._zeros, self._zeros_ahead = local(count, "uint32"), local(count * self.ahead, "uint32")
         self._decoded = local(4, "uint32")
 
-    def fetch(self, group: Expr, number: Expr = 0, place: int | None = None) -> None:
+    def fetch(self, group: Expr, number: Expr = 0, place: int | None = None, *, early: bool = False) -> None:
         """Reads a group ahead; past the last, that one.
 
-        `number`: how many were read before; `place`: which of those ahead it is, the last unless given.
+        `number`: how many were read before; `place`: which of those ahead it is, the last unless given. `early`: not
+        behind `wait_for_grids` where that follows.
         """
         weight, group = self._args.weight, T.bind(T.min(group, self._last))
         codes, place = weight[self._args.codes], self.ahead - 1 if place is None else place
         for i, row in enumerate(self._rows):
             # Loads of C would be put off to where they are used.
             at = codes.access_ptr("r", offset=row * codes.shape[1] + (group * 4 + self._t) * WORDS)
-            name = "awq_load_16" if self._stages == 1 else "awq_cp_async_16"
+            load = "awq_load_early" if early else "awq_load"
+            name = f"{load}_16" if self._stages == 1 else "awq_cp_async_16"
             call(name, pointer(self._waiting, self._place(number, i)), at)
             scale = weight["q_scale"].access_ptr("r", offset=row * (self._last + 1) + group)
-            call("awq_load_2", pointer(self._scales_ahead, place * len(self._rows) + i), scale)
+            call(f"{load}_2", pointer(self._scales_ahead, place * len(self._rows) + i), scale)
             zero = self._spec.zero if self._spec.symmetric else weight["q_zero"][row, group]
             T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [place * len(self._rows) + i])
         if self._stages > 1:
@@ -146,6 +148,27 @@ def pointer(buffer: Buffer, offset: Expr) -> Expr:
 def call(name: str, *arguments: Expr) -> None:
     """Calls a device function."""
     T.evaluate(tirx.call_extern("void", name, *arguments))
+
+
+def launch_dependents() -> None:
+    """Lets the next kernel of a stream start on what this one leaves free. See `wait_for_grids`."""
+    call("awq_grid_launch_dependents")
+
+
+def wait_for_grids(args: LinearArgs, *, loops: int = 0) -> None:
+    """Waits for the kernels before this one to end; a kernel that calls it may be launched while they run.
+
+    Before it nothing is read but W, a parameter, and nothing is written; every thread must come here. CUDA C++
+    Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, "griddepcontrol".
+
+    Buffers given to the wait keep compilers from reading them earlier, but also from reading them ahead of an earlier
+    write of y. So the residual is not given where that would cost: its reads stand behind a loop of so many `loops`,
+    which nothing unrolls, and do not move over it.
+    """
+    buffers = [args.x, args.y]
+    if args.residual is not None and loops <= 4:
+        buffers.append(args.residual)
+    call("awq_grid_wait", *(buffer.access_ptr("r") for buffer in buffers))
 
 
 def store_sums(

@@ -14,6 +14,7 @@ from typing import Final
 
 from awq_compile.contract.objects import module_blob
 from awq_compile.errors import ArtifactError
+from awq_compile.targets.cuda_launch import TAG
 from awq_compile.targets.vulkan.blob import BlobModule, FunctionInfo, parse_blob
 from awq_compile.verify.executors.base import DeviceCode
 
@@ -33,7 +34,8 @@ class DeviceModule:
     def device_code(self) -> DeviceCode:
         """In the form that executors load."""
         types = {name: info.arguments for name, info in self.functions.items()}
-        return DeviceCode(self.format, self.code, dict(self.kernels), types)
+        overlapping = frozenset(name for name, info in self.functions.items() if TAG in info.launch_tags)
+        return DeviceCode(self.format, self.code, dict(self.kernels), types, overlapping)
 
 
 def library_code(path: Path) -> list[DeviceModule]:

@@ -16,6 +16,7 @@ from awq_compile.errors import ArtifactError, EnvironmentMissingError
 from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cuda import CudaTarget
+from awq_compile.targets.cuda_launch import check_tags
 from awq_compile.verify.device_code import DeviceModule
 from awq_compile.verify.executors import cuda
 from awq_compile.verify.executors.base import Argument, DeviceCode, KernelError, Size3
@@ -55,6 +56,8 @@ def load(
         found = ", ".join(module.kind for module in modules) or "none"
         raise ArtifactError(f"the library for {target.name} has device modules of the kinds {found}, expected {kind}")
     module = modules[0]
+    if kind == "cuda":
+        check_tags(module.functions, source)
     if kind == "opencl":
         yield from _opencl(module, seconds, orders)
     elif kind == "vulkan":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from awq_compile.errors import CompileError
+from awq_compile.targets.cuda_launch import TAG
 from awq_compile.verify.launch_table import Table
 
 _BINARY: Final = {
@@ -39,7 +40,7 @@ _BINARY: Final = {
     "BitwiseXor": "bitwise_xor",
 }
 _CALLS: Final = ("shift_left", "shift_right", "bitwise_and", "bitwise_or", "bitwise_xor")
-_FLAGS: Final = ("tirx.use_programtic_dependent_launch", "tirx.use_cooperative_launch")  # take no launch argument
+_FLAGS: Final = (TAG, "tirx.use_cooperative_launch")  # take no launch argument
 _DYNAMIC_SHARED: Final = "tirx.use_dyn_shared_memory"
 
 

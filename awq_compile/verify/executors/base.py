@@ -31,13 +31,15 @@ class DeviceCode:
 
     `code` holds all kernels, or is empty where each has its own in `kernels`. `arg_types` maps a kernel to
     its parameters' types as `DLDataType` writes them (`handle`, `int64`, `float32`); executors that find
-    them in the code do not need it.
+    them in the code do not need it. `overlapping`: kernels that TVM's runtime launches before those ahead of them have
+    ended (`targets.cuda_launch`).
     """
 
     format: str
     code: str | bytes = ""
     kernels: Mapping[str, str | bytes] = field(default_factory=dict)
     arg_types: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    overlapping: frozenset[str] = frozenset()
 
 
 class Executor(Protocol):

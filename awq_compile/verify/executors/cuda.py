@@ -145,6 +145,7 @@ class CudaExecutor:
             "grid": [int(size) for size in grid],
             "block": [int(size) for size in block],
             "shared": dynamic_shared,
+            "overlapping": kernel in self._code.overlapping,
             "used": used,
             "size": self._reserve(used),
         }

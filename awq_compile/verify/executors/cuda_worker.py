@@ -84,10 +84,25 @@ class Worker:
         values = [self._parameter(kind, value) for kind, value in request["parameters"]]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*[ctypes.addressof(value) for value in values])
         self._call("cuMemcpyHtoD", self._arena, self._host, request["used"])
-        sizes = (*request["grid"], *request["block"], shared)
-        self._call("cuLaunchKernel", function, *sizes, 0, ctypes.addressof(pointers), 0)
+        if request["overlapping"]:
+            config = self._overlapping(request["grid"], request["block"], shared)
+            self._call("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
+        else:
+            sizes = (*request["grid"], *request["block"], shared)
+            self._call("cuLaunchKernel", function, *sizes, 0, ctypes.addressof(pointers), 0)
         self._call("cuCtxSynchronize")
         self._call("cuMemcpyDtoH", self._host, self._arena, request["used"])
+
+    def _overlapping(self, grid: list[int], block: list[int], shared: int) -> Any:
+        """How TVM's runtime launches a kernel that may start before the one ahead of it has ended."""
+        config, attribute = self._driver.CUlaunchConfig(), self._driver.CUlaunchAttribute()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block
+        config.sharedMemBytes = shared
+        attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _reserve(self, size: int) -> None:
         """Memory here and on the GPU for all of the file."""

@@ -34,6 +34,8 @@ class Driver:
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76
     )
+    CUlaunchConfig = SimpleNamespace
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6)
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
 
     def __init__(self, kernels: dict[str, tuple[tuple[str, ...], Kernel]]) -> None:
@@ -42,6 +44,10 @@ class Driver:
         self.status = 0
         self.launched: list[Any] = []
         self.attributes: list[int] = []
+        self.early = 0
+
+    def CUlaunchAttribute(self) -> SimpleNamespace:
+        return SimpleNamespace(value=SimpleNamespace())
 
     def at(self, address: int, count: int, dtype: Any = np.float32) -> Any:
         """A view of the GPU's memory."""
@@ -105,6 +111,14 @@ class Driver:
         run(self, *values)
         return (0,)
 
+    def cuLaunchKernelEx(self, config: Any, function: str, parameters: int, extra: int) -> tuple[int]:
+        (attribute,) = config.attrs
+        assert config.numAttrs == attribute.value.programmaticStreamSerializationAllowed == 1 and attribute.id == 6
+        self.early += 1
+        grid, block = (config.gridDimX, config.gridDimY, config.gridDimZ), (config.blockDimX, config.blockDimY)
+        sizes = (*grid, *block, config.blockDimZ, config.sharedMemBytes)
+        return self.cuLaunchKernel(function, *sizes, 0, parameters, extra)
+
     def cuCtxSynchronize(self) -> tuple[int]:
         return (self.status,)
 
@@ -118,7 +132,9 @@ class Driver:
 class Gpu:
     """An executor and the drivers that its child processes held, the last one last."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kernels: dict[str, tuple[tuple[str, ...], Kernel]]) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, kernels: dict[str, tuple[tuple[str, ...], Kernel]], *early: str
+    ) -> None:
         self.drivers: list[Driver] = []
         gpu = self
 
@@ -136,7 +152,7 @@ class Gpu:
         monkeypatch.setattr(cuda, "Child", InProcess)
         types = {name: kinds for name, (kinds, _) in kernels.items()}
         self.executor = cuda.CudaExecutor(H200)
-        self.executor.load(DeviceCode("fatbin", b"machine code", arg_types=types))
+        self.executor.load(DeviceCode("fatbin", b"machine code", {}, types, frozenset(early)))
 
     def launch(self, kernel: str, *args: Any, shared: int = 0) -> None:
         self.executor.launch(kernel, args, (2, 1, 1), (32, 1, 1), dynamic_shared=shared)
@@ -246,6 +262,16 @@ def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
         gpu.launch("scale", np.ones(4, np.float32), np.ones(4, np.float32), 0, 1.0, 4, shared=shared)
     assert gpu.drivers[0].attributes == [64 << 10]
     assert [sizes[-1] for _, sizes, _ in gpu.drivers[0].launched] == [1024, 64 << 10]
+
+
+def test_a_kernel_is_launched_early_where_the_runtime_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same sizes and arguments."""
+    for early, count in ((["scale"], 1), ([], 0)):
+        gpu = Gpu(monkeypatch, {"scale": SCALE}, *early)
+        x, y = np.arange(4, dtype=np.float32), np.zeros(4, np.float32)
+        gpu.launch("scale", x, y, 1, 2.0, 4, shared=96)
+        np.testing.assert_array_equal(y, 2 * x + 1)
+        assert gpu.drivers[0].early == count and gpu.drivers[0].launched[0][1] == [2, 1, 1, 32, 1, 1, 96]
 
 
 def test_a_driver_that_is_absent_or_refuses_the_code_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

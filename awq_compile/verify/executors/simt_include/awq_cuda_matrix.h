@@ -57,6 +57,8 @@ static inline void awq_load_16(uint32_t* d, const void* from) {
   memcpy(d, from, 16);
 }
 static inline void awq_load_2(void* d, const void* from) { memcpy(d, from, 2); }
+static inline void awq_load_early_16(uint32_t* d, const void* from) { awq_load_16(d, from); }
+static inline void awq_load_early_2(void* d, const void* from) { awq_load_2(d, from); }
 static inline void awq_scale_f16(uint32_t* d, const void* scale) {
   half factor, pair[2];
   memcpy(&factor, scale, 2);
@@ -66,6 +68,10 @@ static inline void awq_scale_f16(uint32_t* d, const void* scale) {
     memcpy(d + i, pair, 4);
   }
 }
+
+// ---- programmatic dependent launch: here a grid ends before the next one starts ----
+static inline void awq_grid_launch_dependents() {}
+static inline void awq_grid_wait(const void*, const void*, const void* = nullptr) {}
 
 // ---- wgmma: the products are there at once; a warp's 16 rows need nothing of the others ----
 static inline void awq_stage_f16(void* row, const void* x, int first, int swizzle) {

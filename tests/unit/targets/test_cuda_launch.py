@@ -1,0 +1,95 @@
+"""Kernels that start before the one ahead has ended wait for it before they touch what it may have written."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import tvm
+
+from awq_compile.errors import ArtifactError
+from awq_compile.formats import QuantSpec
+from awq_compile.kernels.build import bucket_linear
+from awq_compile.problem import Epilogue, MatmulProblem
+from awq_compile.schedules import MatrixGemvSchedule, StagedMatrixSchedule
+from awq_compile.targets import resolve_target
+from awq_compile.targets.cuda import CudaTarget
+from awq_compile.targets.cuda_launch import TAG, check_tags, waiting_kernels
+from awq_compile.targets.vulkan.blob import (
+    Blob,
+    BlobModule,
+    FunctionInfo,
+    parse_blob,
+    parse_opencl_payload,
+    write_blob,
+    write_code_payload,
+)
+
+PROBLEM = MatmulProblem(40, 512, QuantSpec(4, 128, False), Epilogue(bias=True, residual=True), "float16")
+KERNELS = (
+    ("gemv", MatrixGemvSchedule(2)),
+    ("small", MatrixGemvSchedule(3, 2, 1, 2)),
+    ("medium", MatrixGemvSchedule(2, 2, 2, 3)),
+    ("gemm", StagedMatrixSchedule(2, 1, 4)),
+)
+KERNEL = re.compile(r"__global__ [^;{}]*\(([^;{}()]*)\) \{$(.*?)^\}", re.MULTILINE | re.DOTALL)
+WAIT = re.compile(r"^  awq_grid_wait\(.*\n", re.MULTILINE)
+DYNAMIC = "tirx.use_dyn_shared_memory"
+
+
+def cuda_source(bucket: str, schedule: Any) -> str:
+    """CUDA C++ of one kernel."""
+    target = tvm.target.Target(resolve_target("cuda:sm_90").tvm_target)
+    function = bucket_linear(PROBLEM, bucket, schedule).with_attr("global_symbol", "linear")
+    with target, tvm.transform.PassContext(config={"tirx.disable_cse_tir": True}):
+        return str(tvm.tirx.build(tvm.IRModule({"linear": function}), target=target).imports[0].inspect_source("cuda"))
+
+
+def too_early(source: str) -> list[str]:
+    """Buffers that the kernel uses before it waits, without those of W: they are parameters."""
+    ((parameters, body),) = KERNEL.findall(source)
+    buffers = set(re.findall(r"\w+_ptr\b", parameters))
+    assert {"x_ptr", "y_ptr", "residual_ptr"} <= buffers
+    before = set(re.findall(r"\w+", WAIT.split(body)[0]))
+    assert "return" not in before
+    return sorted(name for name in buffers & before if not name.startswith("q_"))
+
+
+@pytest.mark.parametrize(("bucket", "schedule"), KERNELS, ids=str)
+def test_nothing_that_earlier_kernels_write_is_touched_before_the_wait(bucket: str, schedule: Any) -> None:
+    """Nor does a thread leave before it. A wait that comes too late, or not to all threads, is seen."""
+    source = cuda_source(bucket, schedule)
+    assert waiting_kernels(source) == {"linear_kernel"}
+    assert too_early(source) == []
+    ((wait,), end) = WAIT.findall(source), source.rindex("\n}")
+    late = source[:end].replace(wait, "") + "\n" + wait.rstrip() + source[end:]
+    assert too_early(late) == ["bias_ptr", "residual_ptr", "x_ptr", "y_ptr"]
+    assert not waiting_kernels(source.replace(wait, f"  if (threadIdx.x == 0) {{\n  {wait}  }}\n"))
+
+
+@pytest.mark.parametrize(("archs", "early"), [("sm_90", True), ("sm_100+sm_120", True), ("sm_80+sm_90", False)])
+def test_kernels_that_wait_are_tagged_at_export(archs: str, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the oldest architecture knows of it; what the host passes for dynamic shared memory stays last."""
+    source = "".join(
+        f'extern "C" __global__ void __launch_bounds__(32) {name}(float* __restrict__ y_ptr){end}'
+        for name, body in (("first", "  awq_grid_wait(y_ptr);\n"), ("second", "  y_ptr[0] = 1;\n"))
+        for end in (";\n", f" {{\n{body}}}\n")
+    )
+    tags = ("blockIdx.x", "threadIdx.x", DYNAMIC)
+    functions = {name: FunctionInfo(name, ("handle",), tags) for name in ("first", "second")}
+    monkeypatch.setattr(CudaTarget, "machine_code", lambda self, text: (text.encode(), "fatbin"))
+    target = resolve_target(f"cuda:{archs}")
+    assert isinstance(target, CudaTarget)
+    module = BlobModule("cuda", write_code_payload("cuda", functions, source.encode()))
+    (made,) = parse_blob(target.with_machine_code(write_blob(Blob((0, 0), (), (module,))))).modules
+    assert made.payload is not None
+    found, _ = parse_opencl_payload(made.payload)
+    assert {name: info.launch_tags for name, info in found.items()} == {
+        "first": (TAG, *tags) if early else tags,
+        "second": tags,
+    }
+    check_tags(found, source)
+    if early:
+        with pytest.raises(ArtifactError, match="launches first while earlier kernels run"):
+            check_tags(found, source.replace("awq_grid_wait", "awq_grid"))
