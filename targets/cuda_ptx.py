@@ -72,12 +72,17 @@ __device__ __forceinline__ void awq_scale_f16(unsigned* d, const void* scale) {
 # kernels may have written to pass through the wait: to the compiler, what only a `__restrict__` pointer reaches is no
 # concern of an instruction that does not get it, and reads of x could move up.
 _GRID: Final = """
+#if __CUDA_ARCH__ >= 900
+#define AWQ_LOAD_EARLY "ld.global"
+#else
+#define AWQ_LOAD_EARLY "ld.global.nc"
+#endif
 __device__ __forceinline__ void awq_load_early_16(unsigned* d, const void* from) {
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile(AWQ_LOAD_EARLY ".L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(from));
 }
 __device__ __forceinline__ void awq_load_early_2(void* d, const void* from) {
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(*static_cast<unsigned short*>(d)) : "l"(from));
+  asm volatile(AWQ_LOAD_EARLY ".u16 %0, [%1];" : "=h"(*static_cast<unsigned short*>(d)) : "l"(from));
 }
 __device__ __forceinline__ void awq_grid_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
