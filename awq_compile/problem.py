@@ -86,13 +86,16 @@ def decode_problem(text: str) -> MatmulProblem:
     return MatmulProblem(**{**data, "epilogue": Epilogue(**data["epilogue"])})
 
 
-ROW_BUCKETS: Final = ("gemv", "small", "medium", "gemm")  # M = 1, 2 to 8, 9 to 64, more
 SMALL_ROWS: Final = 8
-MEDIUM_ROWS: Final = 64
+ROW_BUCKETS: Final = {"gemv": 1, "small": SMALL_ROWS, "medium": 64, "wide": 256, "gemm": 1 << 31}  # most rows of each
 
 
 def row_bucket(m: int) -> str:
-    """Which bucket M rows belong to; where it has no kernel of its own, that of `gemm` serves it."""
-    if m == 1:
-        return "gemv"
-    return "small" if m <= SMALL_ROWS else "medium" if m <= MEDIUM_ROWS else "gemm"
+    """Which bucket M rows belong to; where it has no kernel of its own, the next that has serves it."""
+    return next(bucket for bucket, most in ROW_BUCKETS.items() if m <= most)
+
+
+def serves(bucket: str, m: int) -> bool:
+    """Whether a bucket's kernel may get M rows: those of buckets between `small` and it as well."""
+    few = bucket in ("gemv", "small")
+    return row_bucket(m) == bucket if few else SMALL_ROWS < m <= ROW_BUCKETS[bucket]

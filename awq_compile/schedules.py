@@ -11,6 +11,7 @@ from typing import Final
 
 from awq_compile.errors import CompileError
 from awq_compile.formats import QuantSpec, WeightSpec
+from awq_compile.problem import ROW_BUCKETS
 
 LANES: Final = (1, 2, 4, 8, 16)
 UNITS: Final = (8, 16, 32)
@@ -173,28 +174,35 @@ class StagedMatrixSchedule:
 class WarpgroupSchedule:
     """For `kernels.wgmma_gemm`, many rows, on sm_90: each of `warpgroups` takes `tiles` times 64 rows of W.
 
-    All of them take `columns` times 8 rows of x.
+    All of them take `columns` times 8 rows of x. `slices`: as many such sets of warpgroups share the groups along K.
     """
 
     warpgroups: int
     tiles: int
     columns: int
+    slices: int = 1
 
     def __post_init__(self) -> None:
-        if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in (8, 16):
-            raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns of (8, 16)")
-        if self.columns * 16 % self.threads:
+        if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in (8, 16, 32):
+            raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns of (8, 16, 32)")
+        if self.slices not in (1, 2, 4) or self.threads > 1024:
+            raise CompileError(f"illegal {self}: slices one of (1, 2, 4), and at most 1024 threads")
+        if self.columns * 16 * self.slices % self.threads:
             raise CompileError(f"illegal {self}: whole pieces of x for every thread")
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 128 * self.warpgroups
+        return 128 * self.warpgroups * self.slices
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of three stages of 64 elements along K."""
-        return 3 * self.columns * 8 * 128
+        """Shared memory of three stages of 64 elements along K for each slice; its sums lie there in the end."""
+        return self.slices * 3 * self.columns * 8 * 128
+
+    def divides(self, k: int) -> bool:
+        """Whether all slices have as many groups."""
+        return k // 128 % self.slices == 0
 
 
 @dataclass(frozen=True)
@@ -325,17 +333,18 @@ ManyRows = (
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """One schedule for each bucket of rows, `problem.ROW_BUCKETS`. Without `medium`, `gemm` takes its rows too."""
+    """One schedule for each bucket of rows, `problem.ROW_BUCKETS`. Where there is none, the next takes its rows too."""
 
     gemv: FewRows
     small: FewRows
     gemm: ManyRows
     medium: ManyRows | None = None
+    wide: ManyRows | None = None
 
     @property
     def by_bucket(self) -> dict[str, FewRows | ManyRows]:
         """The schedules that there are, few rows first."""
-        found = {"gemv": self.gemv, "small": self.small, "medium": self.medium, "gemm": self.gemm}
+        found = {bucket: getattr(self, bucket) for bucket in ROW_BUCKETS}
         return {bucket: schedule for bucket, schedule in found.items() if schedule is not None}
 
     def of(self, bucket: str) -> FewRows | ManyRows:

@@ -89,6 +89,16 @@ def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
     return MatrixGemvSchedule(min(groups, 2), 4 if plain else 2, columns=4)
 
 
+def _wide(problem: MatmulProblem) -> StagedMatrixSchedule | None:
+    """Where W is narrow, few rows make few blocks: smaller ones. Measured on an H200 with 128 and 256 rows."""
+    return StagedMatrixSchedule(4, 2, 8, 3) if problem.weight_rows < 12288 else None
+
+
+def _slices(problem: MatmulProblem) -> int:
+    """The most that have as many groups each."""
+    return next(n for n in (4, 2, 1) if problem.k // 128 % n == 0)
+
+
 def _mma_k(arch: str) -> int:
     return 8 if arch == "sm_75" else 16
 
@@ -107,10 +117,11 @@ class CudaTarget(GpuTarget):
         few = _matrix_gemv(problem)
         # Where tiles share what is read of several rows of x, more of them pay.
         small = replace(few, warps=min(2 * few.warps, 16, problem.k // 128), tiles=min(2 * few.tiles, 4))
-        many: StagedMatrixSchedule | WarpgroupSchedule = StagedMatrixSchedule(8, 2, 16)
-        if self.archs == ("sm_90",):
-            many = WarpgroupSchedule(2 if problem.weight_rows >= 2048 else 1, 2, 16)
-        return replace(chosen, gemv=few, small=small, medium=_medium(problem), gemm=many)
+        chosen = replace(chosen, gemv=few, small=small, medium=_medium(problem))
+        if self.archs != ("sm_90",):
+            return replace(chosen, wide=_wide(problem), gemm=StagedMatrixSchedule(8, 2, 16))
+        wide = WarpgroupSchedule(1, 1, 16, min(2, _slices(problem)))
+        return replace(chosen, wide=wide, gemm=WarpgroupSchedule(2, 1, 32))
 
     @contextmanager
     def building(self) -> Iterator[None]:

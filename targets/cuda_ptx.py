@@ -39,10 +39,13 @@ __device__ __forceinline__ void awq_ldmatrix_x{count}(unsigned* d, const void* r
 _DECODE: Final = """
 __device__ __forceinline__ void awq_decode_u4(unsigned* d, unsigned word, unsigned zero) {
   unsigned low = 0x64006400u | zero * 0x10001u, high, sixteenth = 0x2c002c00u;  // 1024 + z; 1/16
+  unsigned magic = 0x64006400u;
   asm("sub.f16x2 %0, %1, %2;" : "=r"(high) : "r"(0x63806380u), "r"(low));  // 960 - (1024 + z) = -(64 + z)
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
-    unsigned even = (word & 0x000f000fu) | 0x64006400u, odd = (word & 0x00f000f0u) | 0x64006400u;
+    unsigned even, odd;  // (word & mask) | magic in one instruction, of which only one operand can be a constant
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(even) : "r"(word), "n"(0x000f000f), "r"(magic));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(odd) : "r"(word), "n"(0x00f000f0), "r"(magic));
     asm("sub.f16x2 %0, %1, %2;" : "=r"(d[i]) : "r"(even), "r"(low));
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d[i + 1]) : "r"(odd), "r"(sixteenth), "r"(high));
     word >>= 8;
@@ -145,6 +148,10 @@ __device__ __forceinline__ void awq_stage_f16(void* row, const void* x, int firs
                    __byte_perm(u[8 + low], u[10 + low], which), __byte_perm(u[12 + low], u[14 + low], which));
   }
 }
+template <int Threads>
+__device__ __forceinline__ void awq_barrier_of(int slice) {  // of one slice's threads; barrier 0 is the whole block's
+  asm volatile("barrier.sync %0, %1;" : : "r"(slice + 1), "n"(Threads) : "memory");
+}
 __device__ __forceinline__ void awq_fence_async() {
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
@@ -165,6 +172,16 @@ __device__ __forceinline__ void awq_wgmma_commit() {
 }
 __device__ __forceinline__ void awq_wgmma_wait_1() {
   asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
+}
+template <int Count, int Threads>
+__device__ __forceinline__ void awq_leave_sums(void* to, const float* d, int thread) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) static_cast<float*>(to)[i * Threads + thread] = d[i];
+}
+template <int Count, int Threads>
+__device__ __forceinline__ void awq_add_sums(float* d, const void* from, int thread) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) d[i] += static_cast<const float*>(from)[i * Threads + thread];
 }"""
 
 
@@ -173,7 +190,7 @@ def device_functions(newest_k: int, *, warpgroups: bool = False) -> str:
     sizes = (8, 16) if newest_k == 16 else (8,)
     pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE, _GRID]
     pieces += [_ASYNC] if newest_k == 16 else []
-    pieces += [*(_wgmma(columns) for columns in (64, 128)), _WARPGROUP] if warpgroups else []
+    pieces += [*(_wgmma(columns) for columns in (64, 128, 256)), _WARPGROUP] if warpgroups else []
     return "\n".join(pieces) + "\n"
 
 

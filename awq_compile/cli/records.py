@@ -48,6 +48,7 @@ _STEPS = {
     "gemv": "a decode step",
     "small": "a decode step of a small batch",
     "medium": "a decode step of a large batch",
+    "wide": "a short prefill",
     "gemm": "a prefill",
 }
 

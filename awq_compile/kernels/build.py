@@ -19,7 +19,7 @@ from awq_compile.kernels.simdgroup_gemm import emit_simdgroup_gemm
 from awq_compile.kernels.simt_gemm import emit_simt_gemm
 from awq_compile.kernels.simt_gemv import emit_simt_gemv
 from awq_compile.kernels.wgmma_gemm import emit_wgmma_gemm
-from awq_compile.problem import MEDIUM_ROWS, SMALL_ROWS, MatmulProblem
+from awq_compile.problem import ROW_BUCKETS, MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
     FewRows,
@@ -38,32 +38,35 @@ from awq_compile.schedules import (
 def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
     """The quantised linear: one function, a kernel for each bucket of rows, by the template of its schedule."""
     check_order(problem, *schedule.by_bucket.values())
-    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args), T.If(args.m == 1):
-        with T.Then():
-            _few_rows(args, schedule.gemv, 1)
-        with T.Else(), T.If(args.m <= SMALL_ROWS):
-            with T.Then():
-                _few_rows(args, schedule.small, SMALL_ROWS)
-            with T.Else():
-                if schedule.medium is None:
-                    _many_rows(args, schedule.gemm)
-                else:
-                    with T.If(args.m <= MEDIUM_ROWS):
-                        with T.Then():
-                            _many_rows(args, schedule.medium)
-                        with T.Else():
-                            _many_rows(args, schedule.gemm)
+    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
+        _by_rows(args, list(schedule.by_bucket.items()))
     return builder.get()
+
+
+def _by_rows(args: LinearArgs, buckets: list[tuple[str, FewRows | ManyRows]]) -> None:
+    (bucket, schedule), *larger = buckets
+    if not larger:
+        _kernel(args, bucket, schedule)
+        return
+    with T.If(args.m == 1 if bucket == "gemv" else args.m <= ROW_BUCKETS[bucket]):
+        with T.Then():
+            _kernel(args, bucket, schedule)
+        with T.Else():
+            _by_rows(args, larger)
+
+
+def _kernel(args: LinearArgs, bucket: str, schedule: FewRows | ManyRows) -> None:
+    if bucket in ("gemv", "small"):
+        _few_rows(args, schedule, ROW_BUCKETS[bucket])  # type: ignore[arg-type]
+    else:
+        _many_rows(args, schedule)  # type: ignore[arg-type]
 
 
 def bucket_linear(problem: MatmulProblem, bucket: str, schedule: FewRows | ManyRows) -> Any:
     """The kernel of one bucket of rows alone, without the dispatch: what tuning builds. It serves M of that bucket."""
     check_order(problem, schedule)
     with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
-        if bucket in ("medium", "gemm"):
-            _many_rows(args, schedule)  # type: ignore[arg-type]
-        else:
-            _few_rows(args, schedule, 1 if bucket == "gemv" else SMALL_ROWS)  # type: ignore[arg-type]
+        _kernel(args, bucket, schedule)
     return builder.get()
 
 

@@ -142,7 +142,7 @@ def local(count: int, dtype: str) -> Buffer:
 
 def pointer(buffer: Buffer, offset: Expr) -> Expr:
     """Address of an element. To TVM shared memory is only read, else it would add a barrier at every call."""
-    return buffer.access_ptr("r" if buffer.scope() == "shared" else "rw", offset=offset)
+    return buffer.access_ptr("r" if buffer.scope().startswith("shared") else "rw", offset=offset)
 
 
 def call(name: str, *arguments: Expr) -> None:

@@ -181,7 +181,8 @@ def _matrix_gemv(p: MatmulProblem, rows: int, s: MatrixGemvSchedule, roof: Roof)
 
 def _staged_matrix(p: MatmulProblem, rows: int, s: StagedMatrixSchedule | WarpgroupSchedule, roof: Roof) -> float:
     wide = isinstance(s, WarpgroupSchedule)
-    warps, stages = s.threads // 32, 3 if isinstance(s, WarpgroupSchedule) else s.stages
+    slices, stages = (s.slices, 3) if isinstance(s, WarpgroupSchedule) else (1, s.stages)
+    warps = s.threads // 32 // slices
     outputs = (8 if p.epilogue.activation == "silu_mul" else 16) * s.tiles * warps
     blocks = math.ceil(p.n / outputs) * math.ceil(rows / (8 * s.columns))
     occupancy, waves = _parallel(blocks, s.threads, registers_of(p, s) + _ADDRESSES, s.shared_bytes, roof)
@@ -192,7 +193,7 @@ def _staged_matrix(p: MatmulProblem, rows: int, s: StagedMatrixSchedule | Warpgr
     others = blocks * p.k * (s.tiles * 16 * warps * 1.7 + pairs)
     compute = 2 * products / (roof.matrix_flops_per_second or roof.flops_per_second)
     compute += others / (roof.flops_per_second / 2)
-    barriers = p.k / 64 * _BARRIER_SECONDS * math.ceil(blocks / roof.units) / stages
+    barriers = p.k / 64 / slices * _BARRIER_SECONDS * math.ceil(blocks / roof.units) / stages
     traffic = blocks * p.k * (s.columns * 16 + warps * s.tiles * 8)
     memory = traffic / (4 * roof.bytes_per_second)
     return max(compute / min(1.0, 8 * occupancy), memory) / waves + barriers

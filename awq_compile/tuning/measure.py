@@ -17,14 +17,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, Protocol, Self
 
 from awq_compile.errors import CompileError
-from awq_compile.problem import MatmulProblem, row_bucket
+from awq_compile.problem import MatmulProblem, serves
+from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate, decode_candidate, encode_candidate
 
 Status = Literal["ok", "wrong", "failed", "crashed", "hung"]
 STATUSES: Final[tuple[Status, ...]] = ("ok", "wrong", "failed", "crashed", "hung")
-ROWS: Final = {"gemv": 1, "small": 4, "medium": 32, "gemm": 128}  # M at which a bucket is measured
+
+
+def rows_of(bucket: str, schedules: LinearSchedule) -> int:
+    """M at which a bucket is measured: more of them for `gemm` where it gets only many."""
+    if bucket == "gemm" and schedules.wide is not None:
+        return 1024
+    return {"gemv": 1, "small": 4, "medium": 32, "wide": 128, "gemm": 128}[bucket]
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Work:
     rows: int
 
     def __post_init__(self) -> None:
-        if row_bucket(self.rows) != self.bucket:
+        if not serves(self.bucket, self.rows):
             raise CompileError(f"{self.problem.name}: {self.rows} rows are not in the bucket {self.bucket}")
 
     @property

@@ -14,14 +14,15 @@ from awq_compile.formats import QuantScheme
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.parameters import model_parameters
-from awq_compile.problem import MatmulProblem, decode_problem, row_bucket
+from awq_compile.problem import MatmulProblem, decode_problem, serves
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.cost import roofline_seconds
 from awq_compile.tuning.database import ScheduleDatabase
-from awq_compile.tuning.measure import ROWS, Work
+from awq_compile.tuning.measure import Work, rows_of
 
-_STEPS: Final = {"gemv": "decode", "small": "batch_decode", "medium": "batch_decode", "gemm": "prefill"}
+_DECODE: Final = {"gemv": "decode", "small": "batch_decode", "medium": "batch_decode"}
+_STEPS: Final = {**_DECODE, "wide": "prefill", "gemm": "prefill"}
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ def model_works(
     for bucket, step in _STEPS.items():
         calls: Counter[Work] = Counter()
         for (function, problem, fixed), count in two.items():
-            if function != step or bucket not in target.rule(problem).by_bucket:
+            rule = target.rule(problem)
+            if function != step or bucket not in rule.by_bucket:
                 continue
+            rows = rows_of(bucket, rule)
             in_layer = count - one[function, problem, fixed]
             total = count + in_layer * (config.num_layers - 2)
             # What a prefill does to the last token only is a GEMV, and counts with those of a decode step.
-            if row_bucket(fixed or ROWS[bucket]) == bucket:
-                calls[Work(problem, bucket, ROWS[bucket])] += total
+            if serves(bucket, fixed or rows):
+                calls[Work(problem, bucket, rows)] += total
         seconds = {work: count * roofline_seconds(work.problem, work.rows, roof) for work, count in calls.items()}
         whole = sum(seconds.values())
         found += [Share(work, calls[work], seconds[work] / whole) for work in sorted(calls, key=lambda w: -seconds[w])]

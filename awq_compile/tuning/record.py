@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from awq_compile.errors import AwqCompileError, CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
-from awq_compile.problem import ROW_BUCKETS, MatmulProblem, decode_problem, row_bucket
+from awq_compile.problem import ROW_BUCKETS, MatmulProblem, decode_problem, serves
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.templates import (
@@ -126,7 +126,7 @@ def parse_record(line: str) -> Record:
     if bucket not in ROW_BUCKETS or not fits_bucket(template_of(schedule), bucket):
         raise CompileError(f"{template_of(schedule)} in the bucket {bucket!r}")
     rows = _integer(data, "rows")
-    if row_bucket(rows) != bucket:
+    if not serves(bucket, rows):
         raise CompileError(f"{rows} rows in the bucket {bucket}")
     device = _object(data, "device")
     if set(device) != {f.name for f in fields(Fingerprint)}:

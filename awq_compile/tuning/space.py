@@ -36,6 +36,9 @@ from awq_compile.tuning.templates import TEMPLATES, Schedule, fits_bucket, templ
 _SMALL_BATCHES: Final = (1, 2, 4, 8)
 # A panel and the sums beside it stay in the second-level cache, 256 KiB or more on every CPU of the last ten years.
 _CACHED_BYTES: Final = 512 << 10
+# NVIDIA CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 9.0: of a block that opts in.
+_HOPPER_SHARED_BYTES: Final = 227 << 10
+_HOPPER_REGISTERS: Final = 64 << 10
 _BLOCK_THREADS: Final = 32  # fewer leave lanes of every GPU's smallest wave idle
 
 
@@ -119,13 +122,13 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "magic": magic,
         }
     if isinstance(rule, MatrixGemvSchedule):
-        many = bucket in ("medium", "gemm")
+        many = bucket not in ("gemv", "small")
         columns = (1, 2, 4) if many else (1,)
         return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": columns, "stages": (1, 2, 3, 4)}
     if isinstance(rule, StagedMatrixSchedule):
         return {"warps": (2, 4, 8), "tiles": (1, 2, 4), "columns": (4, 8, 16), "stages": (2, 3, 4)}
     if isinstance(rule, WarpgroupSchedule):
-        return {"warpgroups": (1, 2, 4), "tiles": (1, 2), "columns": (8, 16)}
+        return {"warpgroups": (1, 2, 4), "tiles": (1, 2), "columns": (8, 16, 32), "slices": (1, 2, 4)}
     if isinstance(rule, MatrixGemmSchedule):
         return {
             "block_m": (16, 32, 64, 128),
@@ -245,6 +248,8 @@ def _why_not_matrix(
     limits, name = spec.limits, spec.name
     if isinstance(s, WarpgroupSchedule) and spec.tvm_target.get("arch") != "sm_90":
         return f"{name} has no wgmma, which is sm_90's"
+    if isinstance(s, WarpgroupSchedule) and not s.divides(problem.k):
+        return f"{s.slices} slices for {problem.k // 128} groups"
     if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
         return f"{name} has no tensor cores for {problem.spec.name}"
     if isinstance(s, MatrixGemvSchedule):
@@ -252,10 +257,13 @@ def _why_not_matrix(
             return f"{8 * s.columns} rows of x for at most 8"
         if s.warps > problem.k // 128:
             return f"{s.warps} warps for {problem.k // 128} groups"
+    shared, registers = limits.shared_bytes, limits.registers
+    if isinstance(s, WarpgroupSchedule):
+        shared, registers = _HOPPER_SHARED_BYTES, min(registers, _HOPPER_REGISTERS // s.threads)
     return (
         _over(s.threads, limits.max_threads, "threads in a block", name)
-        or _over(s.shared_bytes, limits.shared_bytes, "bytes of shared memory", name)
-        or _over(registers_of(problem, s), limits.registers, "registers of a thread", name)
+        or _over(s.shared_bytes, shared, "bytes of shared memory", name)
+        or _over(registers_of(problem, s), registers, "registers of a thread", name)
     )
 
 
@@ -280,7 +288,7 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
     if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
         return s.tiles * (4 * s.columns + 16 + 8) + 24
     if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands, x on its way
-        return s.tiles * (4 * s.columns + 16 + 16) + s.columns * 16 // s.threads * 16 + 16
+        return s.tiles * (4 * s.columns + 16 + 16) + s.columns * 16 * s.slices // s.threads * 16 + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)
     if isinstance(s, SimtGemmSchedule):

@@ -6,7 +6,7 @@ import pytest
 
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
-from awq_compile.problem import Epilogue, MatmulProblem, decode_problem, encode_problem, row_bucket
+from awq_compile.problem import ROW_BUCKETS, Epilogue, MatmulProblem, decode_problem, encode_problem, row_bucket, serves
 from awq_compile.schedules import GemmSchedule, GemvSchedule
 
 BASE = MatmulProblem(64, 128, QuantSpec(4, 32))
@@ -49,10 +49,12 @@ def test_the_tag_holds_the_whole_problem(problem: MatmulProblem) -> None:
     assert decode_problem(encode_problem(problem)) == problem
 
 
-def test_rows_have_three_buckets() -> None:
-    """1, 2 to 8, more."""
-    found = [row_bucket(m) for m in (1, 2, 8, 9, 64, 65, 512)]
-    assert found == ["gemv", "small", "small", "medium", "medium", "gemm", "gemm"]
+def test_buckets_of_rows() -> None:
+    """A kernel of many rows may also get those of the buckets that have none of their own."""
+    found = [row_bucket(m) for m in (1, 2, 8, 9, 64, 65, 256, 257)]
+    assert found == ["gemv", "small", "small", "medium", "medium", "wide", "wide", "gemm"]
+    assert [serves(bucket, 64) for bucket in ROW_BUCKETS] == [False, False, True, True, True]
+    assert [serves(bucket, 8) for bucket in ROW_BUCKETS] == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize(

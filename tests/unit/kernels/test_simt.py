@@ -94,17 +94,20 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
         StagedMatrixSchedule(4, 1, 8, 4),
         WarpgroupSchedule(1, 1, 8),
         WarpgroupSchedule(2, 2, 16),
+        WarpgroupSchedule(1, 1, 8, 2),
+        WarpgroupSchedule(1, 1, 8, 4),
+        WarpgroupSchedule(2, 1, 32),
     ],
-    ids=lambda s: f"{type(s).__name__}-{s.tiles}",
+    ids=lambda s: f"{type(s).__name__}-{s.tiles}-{s.columns}-{getattr(s, 'slices', 1)}",
 )
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_of_x_staged_in_shared_memory(symmetric: bool, many: StagedMatrixSchedule | WarpgroupSchedule) -> None:
-    """Three groups, so that the ring of stages ends anywhere; tails in M and N; a kernel of its own for few rows."""
+    """Three groups a slice, so that the ring of stages ends anywhere; tails in M and N; kernels for fewer rows."""
     few = MatrixGemvSchedule(1)
-    chosen = LinearSchedule(few, few, many, medium=MatrixGemvSchedule(1, columns=2))
+    chosen = LinearSchedule(few, few, many, medium=MatrixGemvSchedule(1, columns=2), wide=many)
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
-        problem = MatmulProblem(67, 384, QuantSpec(4, 128, symmetric), epilogue, "float16")
-        check(problem, "cuda", chosen, (9, 64, 65, 131))
+        problem = MatmulProblem(67, 384 * getattr(many, "slices", 1), QuantSpec(4, 128, symmetric), epilogue, "float16")
+        check(problem, "cuda", chosen, (9, 64, 65, 131, 257))
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(3, 32), QuantSpec(4, 32), Float16Spec()], ids=lambda s: s.name)

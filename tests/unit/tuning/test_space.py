@@ -16,7 +16,7 @@ from awq_compile.targets import resolve_target
 from awq_compile.targets.gpu import GpuTarget
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import estimate, ranked, roofline_seconds
-from awq_compile.tuning.measure import ROWS
+from awq_compile.tuning.measure import rows_of
 from awq_compile.tuning.space import Space, space_of, why_illegal
 from awq_compile.tuning.templates import (
     TEMPLATES,
@@ -51,9 +51,9 @@ def buckets_of(*targets: str) -> list[tuple[str, str]]:
 
 
 def test_kernels_of_buckets() -> None:
-    """Every target has those of one, few and many rows; where W is decoded in registers, of medium rows as well."""
-    with_medium = {target for target, bucket in buckets_of(*NAMES) if bucket == "medium"}
-    assert with_medium == {"cuda:sm_80", "cuda:sm_90"}
+    """Every target has those of one, few and many rows; where W is decoded in registers, of those between as well."""
+    for between in ("medium", "wide"):
+        assert {t for t, bucket in buckets_of(*NAMES) if bucket == between} == {"cuda:sm_80", "cuda:sm_90"}
     assert set(buckets_of(*NAMES)) >= {(t, b) for t in NAMES for b in ("gemv", "small", "gemm")}
     with pytest.raises(CompileError, match="medium has no kernel of its own"):
         space_of(problem("opencl"), "medium", resolve_target("opencl"))
@@ -156,7 +156,7 @@ def test_damaged_schedules_are_refused(change: dict[str, object]) -> None:
 def test_no_estimate_beats_the_roofline(target: str, bucket: str) -> None:
     """The ranking is total and stable, and its times are times."""
     spec, p, roof = resolve_target(target), problem(target), nominal_roof(target)
-    rows = ROWS[bucket]
+    rows = rows_of(bucket, spec.rule(p))
     space: Space = space_of(p, bucket, spec)
     order = ranked(p, rows, spec, space.members, roof)
     assert set(order) == set(space.members)

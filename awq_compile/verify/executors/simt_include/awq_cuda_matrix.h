@@ -81,6 +81,19 @@ static inline void awq_stage_f16(void* row, const void* x, int first, int swizzl
     for (int t = 0; t < 4; ++t)
       for (int j = 0; j < 2; ++j) to[((first + i) ^ swizzle) * 8 + t * 2 + j] = from[t * 8 + i + j * 4];
 }
+// The whole block meets: slices pass as many barriers.
+template <int Threads>
+static inline void awq_barrier_of(int, int line = __builtin_LINE()) {
+  awq_barrier(line);
+}
+template <int Count, int Threads>
+static inline void awq_leave_sums(void* to, const float* d, int thread) {
+  for (int i = 0; i < Count; ++i) ((float*)to)[i * Threads + thread] = d[i];
+}
+template <int Count, int Threads>
+static inline void awq_add_sums(float* d, const void* from, int thread) {
+  for (int i = 0; i < Count; ++i) d[i] += ((const float*)from)[i * Threads + thread];
+}
 static inline void awq_fence_async() {}
 static inline void awq_wgmma_commit() {}
 static inline void awq_wgmma_wait_1() {}
@@ -111,6 +124,7 @@ static inline void awq_wgmma(int line, float* d, const uint32_t* a_registers, co
 }
 #define awq_wgmma_m64n64k16_f16f32(d, a, stage, step) awq_wgmma<64>(__LINE__, d, a, stage, step)
 #define awq_wgmma_m64n128k16_f16f32(d, a, stage, step) awq_wgmma<128>(__LINE__, d, a, stage, step)
+#define awq_wgmma_m64n256k16_f16f32(d, a, stage, step) awq_wgmma<256>(__LINE__, d, a, stage, step)
 
 // ---- ldmatrix: matrix i of 8 x 8 halves has its rows at the addresses of lanes 8i to 8i+7 ----
 template <int Count, bool Transposed, class D>
