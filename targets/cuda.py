@@ -212,7 +212,7 @@ def nvcc(source: str, archs: tuple[str, ...]) -> bytes:
         code, out = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         code.write_text(source, encoding="utf-8")
         targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
-        command = ["nvcc", "-fatbin", "--no-compress", "-O3", "-std=c++17", *targets, "-o", str(out), str(code)]
+        command = ["nvcc", "-w", "-fatbin", "--no-compress", "-O3", "-std=c++17", *targets, "-o", str(out), str(code)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             raise CompileError(
