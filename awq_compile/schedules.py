@@ -175,18 +175,22 @@ class WarpgroupSchedule:
     """For `kernels.wgmma_gemm`, many rows, on sm_90: each of `warpgroups` takes `tiles` times 64 rows of W.
 
     All of them take `columns` times 8 rows of x. `slices`: as many such sets of warpgroups share the groups along K.
+    `copies`: pieces of x, 64 along K, that shared memory holds: one is arranged, the others are on their way.
     """
 
     warpgroups: int
     tiles: int
     columns: int
     slices: int = 1
+    copies: int = 3
 
     def __post_init__(self) -> None:
         if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in (8, 16, 32):
             raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns of (8, 16, 32)")
         if self.slices not in (1, 2, 4) or self.threads > 1024:
             raise CompileError(f"illegal {self}: slices one of (1, 2, 4), and at most 1024 threads")
+        if self.copies not in (2, 3, 4):
+            raise CompileError(f"illegal {self}: copies one of (2, 3, 4)")
         if self.columns * 16 * self.slices % self.threads:
             raise CompileError(f"illegal {self}: whole pieces of x for every thread")
 
@@ -197,8 +201,11 @@ class WarpgroupSchedule:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of three stages of 64 elements along K for each slice; its sums lie there in the end."""
-        return self.slices * 3 * self.columns * 8 * 128
+        """Shared memory of three stages of 64 elements along K for each slice, and of the copies.
+
+        The slices' sums lie there in the end.
+        """
+        return self.slices * (3 + self.copies) * self.columns * 8 * 128
 
     def divides(self, k: int) -> bool:
         """Whether all slices have as many groups."""

@@ -111,7 +111,7 @@ __device__ __forceinline__ void awq_cp_async_commit() {
   asm volatile("cp.async.wait_group {n};" : : : "memory");
 }}
 """
-    for n in range(3)
+    for n in range(4)
 )
 
 
@@ -137,16 +137,20 @@ __device__ __forceinline__ void awq_wgmma_m64n{columns}k16_f16f32(
 
 
 _WARPGROUP: Final = """
-__device__ __forceinline__ void awq_stage_f16(void* row, const void* x, int first, int swizzle) {
-  const unsigned* u = static_cast<const unsigned*>(x);  // four lanes' 8 halves: 4 words each
-  uint4* pieces = static_cast<uint4*>(row);
+// A word's 8 halves of four lanes, from a copied row to a row that wgmma reads: four pieces of a pair from each lane.
+__device__ __forceinline__ void awq_arrange_f16(void* row, const void* copied, int word, int number) {
+  const uint4* from = static_cast<const uint4*>(copied);
+  uint4 *to = static_cast<uint4*>(row), u[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    int low = i / 2, which = i % 2 ? 0x7632 : 0x5410;
-    pieces[(first + i) ^ swizzle] =
-        make_uint4(__byte_perm(u[low], u[low + 2], which), __byte_perm(u[4 + low], u[6 + low], which),
-                   __byte_perm(u[8 + low], u[10 + low], which), __byte_perm(u[12 + low], u[14 + low], which));
-  }
+  for (int t = 0; t < 4; ++t) u[t] = from[(t * 2 + word) ^ (number % 4 * 2)];
+  to[(word * 4) ^ number] = make_uint4(__byte_perm(u[0].x, u[0].z, 0x5410), __byte_perm(u[1].x, u[1].z, 0x5410),
+                                       __byte_perm(u[2].x, u[2].z, 0x5410), __byte_perm(u[3].x, u[3].z, 0x5410));
+  to[(word * 4 + 1) ^ number] = make_uint4(__byte_perm(u[0].x, u[0].z, 0x7632), __byte_perm(u[1].x, u[1].z, 0x7632),
+                                           __byte_perm(u[2].x, u[2].z, 0x7632), __byte_perm(u[3].x, u[3].z, 0x7632));
+  to[(word * 4 + 2) ^ number] = make_uint4(__byte_perm(u[0].y, u[0].w, 0x5410), __byte_perm(u[1].y, u[1].w, 0x5410),
+                                           __byte_perm(u[2].y, u[2].w, 0x5410), __byte_perm(u[3].y, u[3].w, 0x5410));
+  to[(word * 4 + 3) ^ number] = make_uint4(__byte_perm(u[0].y, u[0].w, 0x7632), __byte_perm(u[1].y, u[1].w, 0x7632),
+                                           __byte_perm(u[2].y, u[2].w, 0x7632), __byte_perm(u[3].y, u[3].w, 0x7632));
 }
 template <int Threads>
 __device__ __forceinline__ void awq_barrier_of(int slice) {  // of one slice's threads; barrier 0 is the whole block's

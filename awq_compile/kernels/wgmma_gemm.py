@@ -7,14 +7,16 @@ pairs them as the decoding does, and writes them as four pieces of 16 bytes.
 
 A stage is 64 steps along K: rows of 128 bytes, whose pieces lie at their number xor row mod 8 (PTX ISA, "Matrix
 layouts for wgmma", swizzling of 128 bytes, K-major). Of three stages one is multiplied, one may still be, and one is
-written, so that there is one barrier a stage. The operands of two words alternate: one is decoded while products with
-the other run.
+written, so that there is one barrier a stage. What is written there `cp.async` has brought to shared memory as it is,
+`copies` stages of it: the one that is arranged, and those on their way. The operands of two words alternate: one is
+decoded while products with the other run.
 
 Slices take groups in turn, each with stages and a barrier of its own; their sums meet in shared memory.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from tvm import tirx
@@ -22,8 +24,18 @@ from tvm.script.ir_builder import tirx as T
 
 from awq_compile.errors import CompileError
 from awq_compile.kernels.linear import LinearArgs
-from awq_compile.kernels.mma_weights import COLUMNS, GROUP, ROWS, TileWeights, call, local, pointer, store_sums
-from awq_compile.kernels.simd import ramp
+from awq_compile.kernels.mma_weights import (
+    COLUMNS,
+    GROUP,
+    ROWS,
+    TileWeights,
+    call,
+    launch_dependents,
+    local,
+    pointer,
+    store_sums,
+    wait_for_grids,
+)
 from awq_compile.kernels.simt import barrier, branch
 from awq_compile.schedules import WarpgroupSchedule
 
@@ -32,8 +44,8 @@ Buffer = Any
 
 _STAGE: Final = 64  # elements along K
 _WARPS: Final = 4  # of a warpgroup
-_LANES: Final = 4  # that share the steps along K
-_PER_PIECE: Final = 8  # elements of 16 bytes
+_PIECES: Final = 8  # of 16 bytes, of a row of x in a stage
+_PER_PIECE: Final = 8  # elements of x
 
 
 def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
@@ -63,18 +75,23 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
         staging = _Staging(args, s, first_x, thread, part)
         for i in range(sums):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
-        weights.fetch(part)
-        staging.fetch(part, 0)
-        staging.write(0)
-        staging.fetch(part, 1)  # a group has two stages
+        launch_dependents()
+        weights.fetch(part, early=True)
+        wait_for_grids(args, loops=groups)
+        for number in range(s.copies):
+            staging.begin(number, part + min(number // 2, groups - 1) * s.slices, number % 2)  # a group has two
+        call(f"awq_cp_async_wait_{s.copies - 1}")
+        together = barrier if s.slices == 1 else partial(call, f"awq_barrier_of<{of_slice}>", part)
+        together()
+        staging.arrange(0)
         with T.serial(0, groups) as turn:
             weights.advance((turn + 1) * s.slices + part)
             for half in range(2):
                 number = turn * 2 + half
-                if s.slices == 1:
-                    barrier()
-                else:
-                    call(f"awq_barrier_of<{of_slice}>", part)
+                call(f"awq_cp_async_wait_{s.copies - 2}")
+                together()
+                ahead = T.min(turn + (half + s.copies) // 2, groups - 1)  # past the end it is read again and not used
+                staging.begin(number + s.copies, ahead * s.slices + part, (half + s.copies) % 2)
                 for w in range(2):
                     call("awq_wgmma_wait_1")  # products with these operands have ended
                     weights.decode(half * 2 + w, operands[w], scaled=True)
@@ -88,8 +105,8 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
                             w * 2 + step,
                         )
                     call("awq_wgmma_commit")
-                staging.write(number + 1)
-                staging.fetch(T.min((number + 2) // 2, groups - 1) * s.slices + part, half)
+                staging.arrange(number + 1)
+        call("awq_cp_async_wait_0")
         call(f"awq_wgmma_end<{sums}>", pointer(total, 0))
         for other in range(1, s.slices):
             # Sums of a thread lie a block's width apart, so that a warp's are side by side.
@@ -105,20 +122,26 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
 
 
 class _Staging:
-    """A thread's part of bringing its slice's x to shared memory, by way of its registers."""
+    """A thread's part of bringing its slice's x to shared memory, and of arranging it there."""
 
     def __init__(self, args: LinearArgs, s: WarpgroupSchedule, first_x: Expr, thread: Expr, part: Expr) -> None:
-        self._args = args
-        self._size = s.columns * COLUMNS * _STAGE
-        self._of_sums = s.tiles * s.columns * 4 * (s.threads // s.slices) * 2  # in elements of float16
+        self._args, self._s = args, s
+        self._size, of_slice = s.columns * COLUMNS * _STAGE, s.threads // s.slices
+        self._of_sums = s.tiles * s.columns * 4 * of_slice * 2  # in elements of float16
+        self._staged = T.alloc_buffer((s.slices * (3 + s.copies) * self._size,), "float16", scope="shared.dyn")
         self._first = T.bind(part * 3 * self._size)
-        self._staged = T.alloc_buffer((s.slices * 3 * self._size,), "float16", scope="shared.dyn")
-        self._parts = []  # (row of x, the same in the block, which of two words)
-        for i in range(s.columns * COLUMNS * 2 * s.slices // s.threads):
-            index = thread + i * (s.threads // s.slices)
-            row, word = T.bind(index // 2), T.bind(index % 2)
-            self._parts.append((T.bind(T.min(first_x + row, args.m32 - 1)), row, word))
-        self._x = local(len(self._parts) * _LANES * _PER_PIECE, "float16")
+        self._first_copy = T.bind((s.slices * 3 + part * s.copies) * self._size)
+        self._pieces = []  # (row of x, its piece's offset along K, place in a copied stage)
+        for i in range(s.columns * COLUMNS * _PIECES // of_slice):
+            index = thread + i * of_slice
+            row, piece = T.bind(index // _PIECES), T.bind(index % _PIECES)
+            at = piece // 2 * 32 + piece % 2 * _PER_PIECE  # of a lane, of a word
+            place = T.bind(row * _STAGE + (piece ^ (row % 4 * 2)) * _PER_PIECE)
+            self._pieces.append((T.bind(T.min(first_x + row, args.m32 - 1)), T.bind(at), place))
+        self._rows = []  # (row in the block, which of a stage's two words)
+        for i in range(s.columns * COLUMNS * 2 // of_slice):
+            index = thread + i * of_slice
+            self._rows.append((T.bind(index // 2), T.bind(index % 2)))
 
     def slot(self, number: Expr) -> Expr:
         """Where a stage begins."""
@@ -128,19 +151,22 @@ class _Staging:
         """Where a slice's sums lie."""
         return pointer(self._staged, part * self._of_sums)
 
-    def fetch(self, group: Expr, half: int) -> None:
-        """Reads a stage into registers."""
-        for i, (x_row, _, word) in enumerate(self._parts):
-            for lane in range(_LANES):
-                k = group * GROUP + lane * 32 + half * 16 + word * _PER_PIECE
-                at = ramp((i * _LANES + lane) * _PER_PIECE, _PER_PIECE)
-                T.buffer_store(self._x, self._args.x[x_row, ramp(k, _PER_PIECE)], [at])
+    def begin(self, number: Expr, group: Expr, half: int) -> None:
+        """Starts to copy half a group of x as stage `number`."""
+        copy = self._copy(number)
+        for x_row, at, place in self._pieces:
+            k = group * GROUP + half * 2 * _PER_PIECE + at
+            source = self._args.x.access_ptr("r", offset=x_row * self._args.problem.k + k)
+            call("awq_cp_async_16", pointer(self._staged, copy + place), source)
+        call("awq_cp_async_commit")
 
-    def write(self, number: Expr) -> None:
-        """Writes what was read into a stage."""
-        slot = T.bind(self._first + number % 3 * self._size)
-        for i, (_, row, word) in enumerate(self._parts):
-            source = pointer(self._x, i * _LANES * _PER_PIECE)
-            call("awq_stage_f16", pointer(self._staged, slot + row * _STAGE), source, word * 4, row % 8)
-        # Before more is read: the fence also waits for loads.
+    def arrange(self, number: Expr) -> None:
+        """Writes a stage that was copied as `wgmma` reads it."""
+        slot, copy = T.bind(self._first + number % 3 * self._size), self._copy(number)
+        for row, word in self._rows:
+            ends = (pointer(self._staged, first + row * _STAGE) for first in (slot, copy))
+            call("awq_arrange_f16", *ends, word, row % 8)
         call("awq_fence_async")
+
+    def _copy(self, number: Expr) -> Expr:
+        return T.bind(self._first_copy + number % self._s.copies * self._size)

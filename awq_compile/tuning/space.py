@@ -128,7 +128,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
     if isinstance(rule, StagedMatrixSchedule):
         return {"warps": (2, 4, 8), "tiles": (1, 2, 4), "columns": (4, 8, 16), "stages": (2, 3, 4)}
     if isinstance(rule, WarpgroupSchedule):
-        return {"warpgroups": (1, 2, 4), "tiles": (1, 2), "columns": (8, 16, 32), "slices": (1, 2, 4)}
+        return {"warpgroups": (1, 2, 4), "tiles": (1, 2), "columns": (8, 16, 32), "slices": (1, 2, 4), "copies": (3, 4)}
     if isinstance(rule, MatrixGemmSchedule):
         return {
             "block_m": (16, 32, 64, 128),
@@ -287,7 +287,7 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
         return s.tiles * (8 * s.columns + 16 + 8) + 16
     if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
         return s.tiles * (4 * s.columns + 16 + 8) + 24
-    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands, x on its way
+    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands, x
         return s.tiles * (4 * s.columns + 16 + 16) + s.columns * 16 * s.slices // s.threads * 16 + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)

@@ -74,12 +74,13 @@ static inline void awq_grid_launch_dependents() {}
 static inline void awq_grid_wait(const void*, const void*, const void* = nullptr) {}
 
 // ---- wgmma: the products are there at once; a warp's 16 rows need nothing of the others ----
-static inline void awq_stage_f16(void* row, const void* x, int first, int swizzle) {
-  const half* from = (const half*)x;
+static inline void awq_arrange_f16(void* row, const void* copied, int word, int number) {
+  const half* from = (const half*)copied;
   half* to = (half*)row;
   for (int i = 0; i < 4; ++i)
     for (int t = 0; t < 4; ++t)
-      for (int j = 0; j < 2; ++j) to[((first + i) ^ swizzle) * 8 + t * 2 + j] = from[t * 8 + i + j * 4];
+      for (int j = 0; j < 2; ++j)
+        to[((word * 4 + i) ^ number) * 8 + t * 2 + j] = from[((t * 2 + word) ^ (number % 4 * 2)) * 8 + i + j * 4];
 }
 // The whole block meets: slices pass as many barriers.
 template <int Threads>
