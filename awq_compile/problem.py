@@ -87,7 +87,14 @@ def decode_problem(text: str) -> MatmulProblem:
 
 
 SMALL_ROWS: Final = 8
-ROW_BUCKETS: Final = {"gemv": 1, "small": SMALL_ROWS, "medium": 64, "wide": 256, "gemm": 1 << 31}  # most rows of each
+ROW_BUCKETS: Final = {  # most rows of each
+    "gemv": 1,
+    "small": SMALL_ROWS,
+    "medium": 32,
+    "large": 64,
+    "wide": 256,
+    "gemm": 1 << 31,
+}
 
 
 def row_bucket(m: int) -> str:

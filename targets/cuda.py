@@ -63,30 +63,40 @@ def _templates(arch: str) -> GpuTemplates:
     return GpuTemplates(32, 4, 2, 32, 4, gemm, ColumnGemvSchedule(32, 8, 1, unit=8), magic=True)
 
 
-def _matrix_gemv(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """As many warps, 4 to 16 a block, as the device holds at once: 32 on each of an H100's 132 multiprocessors.
+def _few(problem: MatmulProblem, widest: MatrixGemvSchedule) -> MatrixGemvSchedule:
+    """The first of few shapes whose warps an H100 holds all at once, else `widest`.
 
-    Measured on an H100 and an H200, `docs/performance.md`.
+    Words wait in shared memory where a warp takes many groups. Measured on an H200, `docs/performance.md`.
     """
-    rows, resident = 16 // (2 if problem.epilogue.activation == "silu_mul" else 1), 32 * 132
-    tiles = next((tiles for tiles in (1, 2) if -(-problem.n // (rows * tiles)) * 4 <= resident), 4)
-    blocks, groups = -(-problem.n // (rows * tiles)), problem.k // 128
-    return MatrixGemvSchedule(min(groups, next((n for n in (16, 8) if blocks * n <= resident), 4)), tiles)
+    groups, resident = problem.k // 128, 32 * 132
+    for warps, tiles in ((16, 1), (16, 2), (8, 2)):
+        if -(-problem.weight_rows // (16 * tiles)) * warps <= resident:
+            found = MatrixGemvSchedule(min(groups, warps), tiles)
+            staged = replace(found, stages=2)
+            return staged if groups >= 4 * warps and staged.shared_bytes <= _LIMITS.shared_bytes else found
+    return replace(widest, warps=min(groups, widest.warps))
 
 
 def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """The wider W is, the fewer warps share its groups, and the more rows of it and of x each takes.
-
-    Measured on an H200 with 16 and 64 rows. With zero points to keep, or groups that two warps share unevenly, four
-    tiles by four columns take more registers than exist.
-    """
+    """Measured on an H200 with 16 rows."""
     groups = problem.k // 128
     if problem.weight_rows < 12288:
-        return MatrixGemvSchedule(min(groups, 8), 2, columns=2)
-    if problem.weight_rows < 24576:
-        return MatrixGemvSchedule(min(groups, 4), 4, columns=2, stages=2)
-    plain = isinstance(problem.spec, QuantSpec) and problem.spec.symmetric and groups % 2 == 0
-    return MatrixGemvSchedule(min(groups, 2), 4 if plain else 2, columns=4)
+        return MatrixGemvSchedule(min(groups, 8), 2, columns=2, stages=2 if groups >= 8 else 1)
+    return MatrixGemvSchedule(min(groups, 4), 4, columns=2)
+
+
+def _large(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """The wider W is, the fewer warps share its groups, and the more rows of x each takes.
+
+    Measured on an H200 with 64 rows. With zero points to keep, or groups that two warps share unevenly, four tiles by
+    four columns take more registers than exist.
+    """
+    groups = problem.k // 128
+    if problem.weight_rows < 6144:
+        return MatrixGemvSchedule(min(groups, 4), 4, columns=2)
+    warps = min(groups, 4 if problem.weight_rows < 12288 else 2)
+    plain = isinstance(problem.spec, QuantSpec) and problem.spec.symmetric and groups % warps == 0
+    return MatrixGemvSchedule(warps, 4 if plain else 2, columns=4)
 
 
 def _wide(problem: MatmulProblem) -> StagedMatrixSchedule | None:
@@ -94,9 +104,10 @@ def _wide(problem: MatmulProblem) -> StagedMatrixSchedule | None:
     return StagedMatrixSchedule(4, 2, 8, 3) if problem.weight_rows < 12288 else None
 
 
-def _slices(problem: MatmulProblem) -> int:
-    """The most that have as many groups each."""
-    return next(n for n in (4, 2, 1) if problem.k // 128 % n == 0)
+def _wide_warpgroups(problem: MatmulProblem) -> WarpgroupSchedule | None:
+    """The same by `wgmma`, where two slices share the groups if they can."""
+    slices = 2 if problem.k // 128 % 2 == 0 else 1
+    return WarpgroupSchedule(1, 2, 8, slices, 4) if problem.weight_rows < 12288 else None
 
 
 def _mma_k(arch: str) -> int:
@@ -114,14 +125,12 @@ class CudaTarget(GpuTarget):
         chosen = super().rule(problem)
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
-        few = _matrix_gemv(problem)
-        # Where tiles share what is read of several rows of x, more of them pay.
-        small = replace(few, warps=min(2 * few.warps, 16, problem.k // 128), tiles=min(2 * few.tiles, 4))
-        chosen = replace(chosen, gemv=few, small=small, medium=_medium(problem))
+        gemv, small = (_few(problem, MatrixGemvSchedule(warps, 4)) for warps in (4, 8))
+        chosen = replace(chosen, gemv=gemv, small=small, medium=_medium(problem), large=_large(problem))
         if self.archs != ("sm_90",):
             return replace(chosen, wide=_wide(problem), gemm=StagedMatrixSchedule(8, 2, 16))
-        wide = WarpgroupSchedule(1, 1, 16, min(2, _slices(problem)))
-        return replace(chosen, wide=wide, gemm=WarpgroupSchedule(2, 1, 32))
+        many = WarpgroupSchedule(2 if problem.weight_rows >= 2048 else 1, 2, 16, copies=4)
+        return replace(chosen, wide=_wide_warpgroups(problem), gemm=many)
 
     @contextmanager
     def building(self) -> Iterator[None]:

@@ -47,7 +47,8 @@ def explain(spec: TargetSpec, shares: list[Share], output: Output) -> None:
 _STEPS = {
     "gemv": "a decode step",
     "small": "a decode step of a small batch",
-    "medium": "a decode step of a large batch",
+    "medium": "a decode step of a larger batch",
+    "large": "a decode step of a large batch",
     "wide": "a short prefill",
     "gemm": "a prefill",
 }

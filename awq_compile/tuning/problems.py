@@ -21,7 +21,7 @@ from awq_compile.tuning.cost import roofline_seconds
 from awq_compile.tuning.database import ScheduleDatabase
 from awq_compile.tuning.measure import Work, rows_of
 
-_DECODE: Final = {"gemv": "decode", "small": "batch_decode", "medium": "batch_decode"}
+_DECODE: Final = {"gemv": "decode", "small": "batch_decode", "medium": "batch_decode", "large": "batch_decode"}
 _STEPS: Final = {**_DECODE, "wide": "prefill", "gemm": "prefill"}
 
 

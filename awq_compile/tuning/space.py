@@ -128,7 +128,13 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
     if isinstance(rule, StagedMatrixSchedule):
         return {"warps": (2, 4, 8), "tiles": (1, 2, 4), "columns": (4, 8, 16), "stages": (2, 3, 4)}
     if isinstance(rule, WarpgroupSchedule):
-        return {"warpgroups": (1, 2, 4), "tiles": (1, 2), "columns": (8, 16, 32), "slices": (1, 2, 4), "copies": (3, 4)}
+        return {
+            "warpgroups": (1, 2, 4),
+            "tiles": (1, 2),
+            "columns": (8, 16, 32),
+            "slices": (1, 2, 4),
+            "copies": (3, 4, 6),
+        }
     if isinstance(rule, MatrixGemmSchedule):
         return {
             "block_m": (16, 32, 64, 128),

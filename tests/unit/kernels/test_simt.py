@@ -104,7 +104,7 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
 def test_rows_of_x_staged_in_shared_memory(symmetric: bool, many: StagedMatrixSchedule | WarpgroupSchedule) -> None:
     """Three groups a slice, so that the ring of stages ends anywhere; tails in M and N; kernels for fewer rows."""
     few = MatrixGemvSchedule(1)
-    chosen = LinearSchedule(few, few, many, medium=MatrixGemvSchedule(1, columns=2), wide=many)
+    chosen = LinearSchedule(few, few, many, medium=MatrixGemvSchedule(1, columns=2), large=few, wide=many)
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
         problem = MatmulProblem(67, 384 * getattr(many, "slices", 1), QuantSpec(4, 128, symmetric), epilogue, "float16")
         check(problem, "cuda", chosen, (9, 64, 65, 131, 257))
