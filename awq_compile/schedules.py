@@ -189,8 +189,8 @@ class WarpgroupSchedule:
             raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns of (8, 16, 32)")
         if self.slices not in (1, 2, 4) or self.threads > 1024:
             raise CompileError(f"illegal {self}: slices one of (1, 2, 4), and at most 1024 threads")
-        if self.copies not in (2, 3, 4, 6):
-            raise CompileError(f"illegal {self}: copies one of (2, 3, 4, 6)")
+        if self.copies not in (2, 3, 4):
+            raise CompileError(f"illegal {self}: copies one of (2, 3, 4)")
         if self.columns * 16 * self.slices % self.threads:
             raise CompileError(f"illegal {self}: whole pieces of x for every thread")
 

@@ -85,7 +85,7 @@ def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
     return MatrixGemvSchedule(min(groups, 4), 4, columns=2)
 
 
-def _large(problem: MatmulProblem) -> MatrixGemvSchedule:
+def _large(problem: MatmulProblem, *, warpgroups: bool) -> MatrixGemvSchedule | WarpgroupSchedule:
     """The wider W is, the fewer warps share its groups, and the more rows of x each takes.
 
     Measured on an H200 with 64 rows. With zero points to keep, or groups that two warps share unevenly, four tiles by
@@ -94,6 +94,8 @@ def _large(problem: MatmulProblem) -> MatrixGemvSchedule:
     groups = problem.k // 128
     if problem.weight_rows < 6144:
         return MatrixGemvSchedule(min(groups, 4), 4, columns=2)
+    if warpgroups and problem.weight_rows >= 24576 and groups % 2 == 0:
+        return WarpgroupSchedule(1, 2, 8, 2)
     warps = min(groups, 4 if problem.weight_rows < 12288 else 2)
     plain = isinstance(problem.spec, QuantSpec) and problem.spec.symmetric and groups % warps == 0
     return MatrixGemvSchedule(warps, 4 if plain else 2, columns=4)
@@ -126,8 +128,10 @@ class CudaTarget(GpuTarget):
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
         gemv, small = (_few(problem, MatrixGemvSchedule(warps, 4)) for warps in (4, 8))
-        chosen = replace(chosen, gemv=gemv, small=small, medium=_medium(problem), large=_large(problem))
-        if self.archs != ("sm_90",):
+        warpgroups = self.archs == ("sm_90",)
+        large = _large(problem, warpgroups=warpgroups)
+        chosen = replace(chosen, gemv=gemv, small=small, medium=_medium(problem), large=large)
+        if not warpgroups:
             return replace(chosen, wide=_wide(problem), gemm=StagedMatrixSchedule(8, 2, 16))
         many = WarpgroupSchedule(2 if problem.weight_rows >= 2048 else 1, 2, 16, copies=4)
         return replace(chosen, wide=_wide_warpgroups(problem), gemm=many)

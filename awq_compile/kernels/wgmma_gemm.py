@@ -90,6 +90,8 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
                 number = turn * 2 + half
                 call(f"awq_cp_async_wait_{s.copies - 2}")
                 together()
+                ahead = T.min(turn + (half + s.copies) // 2, groups - 1)  # past the end it is read again and not used
+                staging.begin(number + s.copies, ahead * s.slices + part, (half + s.copies) % 2)
                 for w in range(2):
                     call("awq_wgmma_wait_1")  # products with these operands have ended
                     weights.decode(half * 2 + w, operands[w], scaled=True)
@@ -103,12 +105,7 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
                             w * 2 + step,
                         )
                     call("awq_wgmma_commit")
-                    if w == 0:  # in the middle, so that products wait for nothing long
-                        ahead = T.min(
-                            turn + (half + s.copies) // 2, groups - 1
-                        )  # past the end it is read again and not used
-                        staging.begin(number + s.copies, ahead * s.slices + part, (half + s.copies) % 2)
-                        staging.arrange(number + 1)
+                staging.arrange(number + 1)
         call("awq_cp_async_wait_0")
         call(f"awq_wgmma_end<{sums}>", pointer(total, 0))
         for other in range(1, s.slices):

@@ -133,7 +133,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "tiles": (1, 2),
             "columns": (8, 16, 32),
             "slices": (1, 2, 4),
-            "copies": (3, 4, 6),
+            "copies": (2, 3, 4),
         }
     if isinstance(rule, MatrixGemmSchedule):
         return {

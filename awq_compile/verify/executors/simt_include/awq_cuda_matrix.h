@@ -168,8 +168,6 @@ static inline void awq_cp_async_wait_0() { awq_async_wait(0); }
 static inline void awq_cp_async_wait_1() { awq_async_wait(1); }
 static inline void awq_cp_async_wait_2() { awq_async_wait(2); }
 static inline void awq_cp_async_wait_3() { awq_async_wait(3); }
-static inline void awq_cp_async_wait_4() { awq_async_wait(4); }
-static inline void awq_cp_async_wait_5() { awq_async_wait(5); }
 
 // ---- wmma: the layout within a fragment is unspecified; here lane l owns elements l * n .. l * n + n - 1 ----
 namespace nvcuda {
