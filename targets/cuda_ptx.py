@@ -111,7 +111,7 @@ __device__ __forceinline__ void awq_cp_async_commit() {
   asm volatile("cp.async.wait_group {n};" : : : "memory");
 }}
 """
-    for n in range(3)
+    for n in range(4)
 )
 
 
