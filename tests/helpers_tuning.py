@@ -40,6 +40,9 @@ class FakeKernel:
 
     schedule: Any
 
+    def poison(self) -> None:
+        pass
+
     def run(self, copy: int, *, cold: bool) -> float:
         if self.schedule.prefetch == CRASHES:
             os.abort()

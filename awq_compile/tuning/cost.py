@@ -88,6 +88,22 @@ def ranked(
     return sorted(schedules, key=lambda s: estimate(problem, rows, spec, s, roof))
 
 
+def code_size(schedule: Schedule) -> int:
+    """Instructions of the unrolled loops, for comparison within a template: compilers take that much longer.
+
+    Zero for templates of matrix instructions, whose code is short.
+    """
+    if isinstance(schedule, GemvSchedule):
+        return schedule.rows * schedule.batch
+    if isinstance(schedule, GemmSchedule):
+        return schedule.n_vectors * (schedule.m_tile + 4)  # a vector of W is loaded and decoded
+    if isinstance(schedule, SimtGemvSchedule):
+        return schedule.rows * schedule.unit * (schedule.batch + 1)
+    if isinstance(schedule, ColumnGemvSchedule):
+        return schedule.columns * schedule.unit * (schedule.batch + 1)
+    return schedule.thread_m * schedule.thread_n + schedule.unit if isinstance(schedule, SimtGemmSchedule) else 0
+
+
 def _decode(problem: MatmulProblem, magic: bool = False) -> float:
     """Instructions that turn a stored weight into float32: mask or shift, convert."""
     if isinstance(problem.spec, Float16Spec):

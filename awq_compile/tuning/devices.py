@@ -72,7 +72,6 @@ class CpuDevice:
         """See `Device`."""
         assert self._inputs is not None and self._inputs.work == work, work
         built = build(work, candidate, self.spec)
-        self._rest[-1].copyfrom(self._inputs.output())
         return CpuKernel(built.module[KERNEL], self._inputs, self._x, self._weights, self._rest)
 
 
@@ -85,6 +84,10 @@ class CpuKernel:
     x: Any
     weights: list[list[Any]]
     rest: list[Any]
+
+    def poison(self) -> None:
+        """See `Kernel`."""
+        self.rest[-1].copyfrom(self.inputs.output())
 
     def run(self, copy: int, *, cold: bool) -> float:
         """See `Kernel`."""
@@ -137,15 +140,12 @@ class OpenCLDevice:
 
     def load(self, work: Work, candidate: Candidate) -> Kernel:
         """See `Device`."""
-        import pyopencl as cl
-
         arguments = self._arguments
         assert arguments is not None and arguments.inputs.work == work, work
         built = build(work, candidate, self.spec)
         assert built.table is not None
         executor = TimingExecutor(self.context, self.queue, arguments.arrays)
         executor.load(DeviceCode("cl", built.source))
-        cl.enqueue_copy(self.queue, arguments.arrays.buffer(arguments.y), arguments.inputs.output())
         return OpenCLKernel(built.table, executor, arguments)
 
 
@@ -225,6 +225,13 @@ class OpenCLKernel:
     table: Table
     executor: TimingExecutor
     arguments: OpenCLArguments
+
+    def poison(self) -> None:
+        """See `Kernel`."""
+        import pyopencl as cl
+
+        a = self.arguments
+        cl.enqueue_copy(self.executor.queue, a.arrays.buffer(a.y), a.inputs.output())
 
     def run(self, copy: int, *, cold: bool) -> float:
         """See `Kernel`."""

@@ -67,6 +67,13 @@ class LocalMeasurer:
             else:
                 yield replace(Measurement.from_json(answer), device=self._device)
 
+    def build(self, work: Work, schedule: Candidate, plan: Plan) -> Measurement | None:
+        """Builds what is measured later, or says what came of it."""
+        answer = self._asked(work, {"do": "build", "schedule": encode_candidate(schedule)}, plan.limit)
+        if isinstance(answer, _Lost):
+            return Measurement(schedule, answer.status, error=answer.reason, device=self._device)
+        return None if "built" in answer else replace(Measurement.from_json(answer), device=self._device)
+
     def compare(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> list[Measurement]:
         """See `Measurer`. Where one of them ends the worker, those that do not are compared without it."""
         request = {"do": "compare", "schedules": [encode_candidate(s) for s in schedules], "plan": asdict(plan)}

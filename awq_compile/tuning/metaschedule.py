@@ -15,7 +15,7 @@ from typing import Any, Final
 from awq_compile.errors import CompileError, EnvironmentMissingError
 from awq_compile.kernels.linear import reference_linear
 from awq_compile.targets.base import TargetSpec
-from awq_compile.tuning.foreign import Trace
+from awq_compile.tuning.foreign import Candidate, Trace
 from awq_compile.tuning.measure import Measurement, Measurer, Plan, Work
 
 _BATCH: Final = 32  # candidates between two updates of its cost model
@@ -71,16 +71,18 @@ def metaschedule(
         candidates = context.generate_measure_candidates()
         if not candidates:
             break
-        times, answers = [], []
-        for candidate in candidates:
-            trace = Trace(json.dumps(_plain(candidate.sch.trace.as_json(remove_postproc=False))))
-            (measurement,) = measurer.measure(work, [trace], plan)
+        traces = [Trace(json.dumps(_plain(c.sch.trace.as_json(remove_postproc=False)))) for c in candidates]
+        measured: dict[Candidate, float] = {}
+        for measurement in measurer.measure(work, list(dict.fromkeys(traces)), plan):
             found.append(measurement)
             on_trial(measurement, time.monotonic() - start)
-            times.append(min(measurement.seconds, _FAILED_SECONDS))
-            answers.append(ms.runner.RunnerResult(run_secs=[times[-1]], error_msg=None))
+            measured[measurement.schedule] = min(measurement.seconds, _FAILED_SECONDS)
+        answers = []
+        for candidate, trace in zip(candidates, traces, strict=True):
+            seconds_of_run = [measured[trace]]
+            answers.append(ms.runner.RunnerResult(run_secs=seconds_of_run, error_msg=None))
             kept = candidate.sch.trace.simplified(remove_postproc=True)
-            record = ms.database.TuningRecord(kept, workload, [times[-1]], target, candidate.args_info)
+            record = ms.database.TuningRecord(kept, workload, seconds_of_run, target, candidate.args_info)
             database.commit_tuning_record(record)
         model.update(context, candidates, answers)
         context.notify_runner_results(candidates, answers)

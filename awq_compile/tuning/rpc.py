@@ -22,6 +22,7 @@ from typing import Final, Self
 from awq_compile.errors import EnvironmentMissingError, UsageError
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof, nominal_roof
+from awq_compile.tuning.ahead import AheadMeasurer
 from awq_compile.tuning.export import Builds
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate
@@ -62,13 +63,13 @@ class Place:
         ray = check_address(ray) if ray else ""
         return Place(address if tracker else None, address if server else None, key or "", ray)
 
-    def open(self, spec: TargetSpec, seed: int) -> LocalMeasurer | RpcMeasurer:
+    def open(self, spec: TargetSpec, seed: int) -> AheadMeasurer | RpcMeasurer:
         """A measurer. Raises `EnvironmentMissingError` where nothing is."""
         if self.tracker is not None:
             return tracker_measurer(spec, self.tracker, self.key, seed, self.ray)
         if self.server is not None:
             return server_measurer(spec, self.server, self.key, seed, self.ray)
-        return LocalMeasurer(spec, seed=seed)
+        return AheadMeasurer.here(spec, seed)
 
     def __str__(self) -> str:
         if self.tracker is not None:

@@ -85,7 +85,6 @@ class RpcDevice:
             if not path.exists():
                 export_kernel(work, candidate, self.spec, path := Path(folder) / name)
             try:
-                self._arguments[-1].copyfrom(self._inputs.output())
                 self.session.upload(str(path), name)
                 module = self.session.load_module(name)
                 self.session.remove(name)

@@ -67,7 +67,6 @@ class RuntimeDevice:
             path = Path(folder) / f"kernel{self._suffix}"
             export_kernel(work, candidate, self.spec, path)
             module = tvm.runtime.load_module(str(path))
-        self._arguments[-1].copyfrom(self._inputs.output())
         return RuntimeKernel(self, module, self._inputs, self._arguments)
 
     def check(self) -> None:
@@ -91,6 +90,14 @@ class RuntimeKernel:
     module: Any
     inputs: Inputs
     arguments: list[Any]
+
+    def poison(self) -> None:
+        """See `Kernel`."""
+        try:
+            self.arguments[-1].copyfrom(self.inputs.output())
+        except Exception:
+            self.where.check()
+            raise
 
     def run(self, copy: int, *, cold: bool) -> float:
         """See `Kernel`."""

@@ -14,7 +14,7 @@ from typing import Final
 from awq_compile.errors import CompileError
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import Roof
-from awq_compile.tuning.cost import ranked, roofline_seconds
+from awq_compile.tuning.cost import code_size, ranked, roofline_seconds
 from awq_compile.tuning.database import ScheduleDatabase, preset_restriction, refit
 from awq_compile.tuning.foreign import Candidate
 from awq_compile.tuning.measure import FINAL, SEARCH, Measurement, Measurer, Plan, Work
@@ -25,7 +25,10 @@ from awq_compile.tuning.templates import VERSIONS, Schedule, template_of
 from awq_compile.tuning.trials import TrialLog
 
 FINALISTS: Final = 3
-NOISE: Final = 0.01  # by which a schedule must beat the untuned one at least
+NOISE: Final = 0.02  # by which a schedule must beat the untuned one at least
+_HOPELESS: Final = 2.0  # times the fastest: measured once more, and no oftener
+_HOPELESS_SECONDS: Final = 0.01  # of a run at least, for the first run of a short kernel says little
+_FEWEST: Final = 5  # warm runs that say something
 _PROXY_SECONDS: Final = 0.05  # a run of a kernel that is searched for on fewer outputs
 _PROXY_OUTPUTS: Final = 256
 
@@ -94,7 +97,7 @@ def tune_work(
             if not proposed:
                 break
             log.begin(proposed)
-            for measurement in measurer.measure(proxy, proposed, options.search):
+            for measurement in measurer.measure(proxy, proposed, search_plan(search, options.search)):
                 log.end(measurement)
                 search.take(measurement)
                 on_trial(search, measurement)
@@ -110,6 +113,12 @@ def tune_work(
     record = make_record(work, spec, roof, untuned, finalists, len(search.results))
     spent = time.monotonic() - start
     return Outcome(work, record, untuned, finalists, beside, len(search.results) - recalled, recalled, lost, spent)
+
+
+def search_plan(search: Search, plan: Plan) -> Plan:
+    """A shorter plan for candidates that are far slower than the fastest."""
+    fastest = min((m.seconds for m in search.results.values()), default=math.inf)
+    return replace(plan, slow=min(plan.slow, max(_HOPELESS_SECONDS, _HOPELESS * fastest)))
 
 
 def first_schedules(space: Space, rule: Schedule, database: ScheduleDatabase) -> list[Schedule]:
@@ -156,14 +165,12 @@ def trial_file(measurer: Measurer, work: Work, spec: TargetSpec, options: Option
 def make_record(
     work: Work, spec: TargetSpec, roof: Roof, untuned: Measurement, finalists: Sequence[Measurement], trials: int
 ) -> Record:
-    """The fastest finalist, or the untuned schedule where none beats it by more than the noise of both."""
+    """Of the chosen schedule, see `choose`."""
     device = untuned.device or next((m.device for m in finalists if m.device), None)
     right = sorted((m for m in [untuned, *finalists] if m.status == "ok"), key=lambda m: m.seconds)
     if not right or device is None:
         raise CompileError(f"{work.name}: no schedule gives the right result on this device: {untuned.error}")
-    chosen = right[0]
-    if untuned.status == "ok" and not beats(chosen, untuned):
-        chosen = untuned
+    chosen = choose(untuned, right)
     others = [m for m in right if m is not chosen]
     assert chosen.cold is not None
     template = template_of(chosen.schedule)  # type: ignore[arg-type]
@@ -188,7 +195,27 @@ def make_record(
     )
 
 
+def choose(untuned: Measurement, right: Sequence[Measurement]) -> Measurement:
+    """Of those that are right: the untuned schedule where none beats it, else the fastest that does.
+
+    Where others that do are as fast but for the noise, the one with the least code: it compiles sooner.
+    """
+    better = [m for m in right if m is not untuned and (untuned.status != "ok" or beats(m, untuned))]
+    if not better:
+        return untuned
+    fastest = min(m.seconds for m in better)
+    near = [m for m in better if m.seconds <= fastest * (1 + NOISE)]
+    return min(near, key=lambda m: (code_size(m.schedule), m.seconds))  # type: ignore[arg-type]
+
+
 def beats(one: Measurement, other: Measurement) -> bool:
-    """Whether a schedule is faster beyond noise: by a hundredth, and its upper quartile below the other's median."""
+    """Whether a schedule is faster beyond noise: by `NOISE`, and its upper quartile below the other's median.
+
+    Weights of a small model stay in a cache: there it must not be slower beyond noise.
+    """
     assert one.cold is not None and other.cold is not None
-    return one.cold.median < other.cold.median * (1 - NOISE) and one.cold.high < other.cold.median
+    if one.cold.median >= other.cold.median * (1 - NOISE) or one.cold.high >= other.cold.median:
+        return False
+    if one.warm is None or other.warm is None or min(one.warm.count, other.warm.count) < _FEWEST:
+        return True
+    return one.warm.median <= other.warm.median * (1 + NOISE)

@@ -3,6 +3,7 @@
     {"do": "open", "target": "cpu"}                                      → {"device": {…}}
     {"do": "roof"}                                                       → {"roof": {…}}
     {"do": "work", "problem": "{…}", "bucket": "gemv", "rows": 1, "seed": 0}  → {"ready": true}
+    {"do": "build", "schedule": {…}}                                     → {"built": true} or {"status": "failed", …}
     {"do": "measure", "schedule": {…}, "plan": {…}}                      → {"status": "ok", "cold": {…}, "warm": {…}}
     {"do": "compare", "schedules": [{…}, …], "plan": {…}}                → {"found": [{…}, …]}
 
@@ -25,7 +26,7 @@ from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.foreign import Candidate, decode_candidate
 from awq_compile.tuning.inputs import make_inputs
 from awq_compile.tuning.measure import Measurement, Plan, Work
-from awq_compile.tuning.timing import Clock, Device, Rotation, check, time_in_turns, time_kernel
+from awq_compile.tuning.timing import Clock, Device, Kernel, Rotation, check, time_in_turns, time_kernel
 
 _WORDS: Final = 400  # of a driver's message
 
@@ -37,21 +38,34 @@ class Worker:
         self.device = device
         self.work: Work | None = None
         self.rotation = Rotation(1)
+        self._built: dict[Candidate, Kernel] = {}  # not measured yet
 
     def prepare(self, work: Work, seed: int) -> None:
         """Makes inputs and the oracle's results, once for all candidates of a work."""
         self.work = None
+        self._built.clear()
         self.device.prepare(make_inputs(work, seed))
         self.work, self.rotation = work, Rotation(self.device.copies)
+
+    def build(self, candidate: Candidate) -> Measurement | None:
+        """Loads a kernel that is measured later."""
+        assert self.work is not None
+        try:
+            self._built[candidate] = self.device.load(self.work, candidate)
+        except Exception as error:  # a compiler raises what it likes
+            return _failed(candidate, error)
+        return None
 
     def clock(self, candidate: Candidate) -> Clock | Measurement:
         """A kernel that gave the right result, or the measurement that says what is wrong."""
         assert self.work is not None
         try:
-            clock = Clock(self.device.load(self.work, candidate), self.rotation)
+            built = candidate in self._built
+            kernel = self._built.pop(candidate) if built else self.device.load(self.work, candidate)
+            clock = Clock(kernel, self.rotation)
             reason = check(clock)
         except Exception as error:  # a compiler or a driver raises what it likes
-            return Measurement(candidate, "failed", error=f"{type(error).__name__}: {error}"[:_WORDS])
+            return _failed(candidate, error)
         return Measurement(candidate, "wrong", error=reason[:_WORDS]) if reason else clock
 
     def measure(self, candidate: Candidate, plan: Plan) -> Measurement:
@@ -70,6 +84,10 @@ class Worker:
         for candidate, clock in zip(candidates, clocks, strict=True):
             found.append(clock if isinstance(clock, Measurement) else Measurement(candidate, "ok", *next(times)))
         return found
+
+
+def _failed(candidate: Candidate, error: Exception) -> Measurement:
+    return Measurement(candidate, "failed", error=f"{type(error).__name__}: {error}"[:_WORDS])
 
 
 def serve(open_device: Callable[[TargetSpec], Device]) -> None:
@@ -103,6 +121,9 @@ def _answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
         work = Work(decode_problem(request["problem"]), request["bucket"], request["rows"])
         worker.prepare(work, request["seed"])
         return {"ready": True}
+    if request["do"] == "build":
+        failed = worker.build(decode_candidate(request["schedule"]))
+        return {"built": True} if failed is None else failed.to_json()
     plan = Plan(**request["plan"])
     if request["do"] == "compare":
         found = worker.compare([decode_candidate(s) for s in request["schedules"]], plan)

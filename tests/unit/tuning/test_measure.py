@@ -56,6 +56,9 @@ def test_no_kernel_finds_the_weights_that_another_read() -> None:
     read: list[int] = []
 
     class Reading:
+        def poison(self) -> None:
+            pass
+
         def run(self, copy: int, *, cold: bool) -> float:
             read.extend([copy] if cold else [])
             return 1e-3

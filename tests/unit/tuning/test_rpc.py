@@ -21,6 +21,7 @@ from helpers_tuning import COMMAND, CRASHES, FAILS, GOOD, HANGS, WORK, WRONG, Fa
 from awq_compile.errors import EnvironmentMissingError, UsageError
 from awq_compile.targets import resolve_target
 from awq_compile.tuning import rpc
+from awq_compile.tuning.ahead import AheadMeasurer
 from awq_compile.tuning.local import LocalMeasurer
 from awq_compile.tuning.measure import SEARCH, Plan
 from awq_compile.tuning.rpc import Place, RpcMeasurer, tracker_measurer
@@ -238,4 +239,4 @@ def test_no_tracker_and_no_place() -> None:
         with pytest.raises(UsageError):
             Place.parse(*typed)
     assert Place.parse("h:1", None, "k") == Place(tracker=Address("h", 1), key="k")
-    assert isinstance(Place().open(SPEC, 0), LocalMeasurer)
+    assert isinstance(Place().open(SPEC, 0), AheadMeasurer)
