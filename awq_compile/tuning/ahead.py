@@ -1,11 +1,13 @@
 """`AheadMeasurer`: this machine's device, for which as many candidates are built at once as there are processors.
 
 A compiler takes longer for most candidates than their measurement does. Several children build the next few; when all
-are done, the candidates are timed one after the other, each in the child that built it, while nothing else runs.
+are done, the candidates are timed one after the other, each in the child that built it, while nothing else runs: the
+threads of TVM's runtime, too, look for work for a while after a kernel has ended, and another child waits for that.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from awq_compile.tuning.measure import Measurement, Plan, Work
 
 _MOST: Final = 8  # children: each has the inputs of a work
 _EACH: Final = 4  # candidates of a child: with more of them none waits long for the slowest, but a search learns later
+_REST_SECONDS: Final = 0.3  # 0.15 were measured; TVM counts rounds of its loop, not time
 
 
 class AheadMeasurer:
@@ -29,6 +32,7 @@ class AheadMeasurer:
 
     def __init__(self, workers: Sequence[LocalMeasurer]) -> None:
         self._workers = list(workers)
+        self._last = self._workers[0]  # that timed
 
     @staticmethod
     def here(spec: TargetSpec, seed: int = 0) -> AheadMeasurer:
@@ -50,18 +54,20 @@ class AheadMeasurer:
         return self._workers[0].roof()
 
     def measure(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> Iterator[Measurement]:
-        """See `Measurer`: in the order of `schedules`."""
+        """See `Measurer`."""
         for at in range(0, len(schedules), self.capacity):
             next_ones = schedules[at : at + self.capacity]
             built, lost = self._build(work, next_ones, plan) if len(next_ones) > 1 else ({}, {})
-            for schedule in next_ones:
-                if schedule in lost:
-                    yield lost[schedule]
-                else:
-                    yield from built.get(schedule, self._workers[0]).measure(work, [schedule], plan)
+            yield from lost.values()
+            for worker in list(self._workers):
+                mine = [s for s in next_ones if s not in lost and built.get(s, self._workers[0]) is worker]
+                if mine:
+                    self._rest(worker)
+                    yield from worker.measure(work, mine, plan)
 
     def compare(self, work: Work, schedules: Sequence[Candidate], plan: Plan) -> list[Measurement]:
         """See `Measurer`."""
+        self._rest(self._workers[0])
         return self._workers[0].compare(work, schedules, plan)
 
     def close(self) -> None:
@@ -74,6 +80,12 @@ class AheadMeasurer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _rest(self, worker: LocalMeasurer) -> None:
+        """Until the threads of the last that timed sleep."""
+        if worker is not self._last:
+            time.sleep(_REST_SECONDS)
+        self._last = worker
 
     def _build(
         self, work: Work, schedules: Sequence[Candidate], plan: Plan
