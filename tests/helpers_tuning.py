@@ -34,6 +34,13 @@ def fake(what: int, rows: int = 2) -> GemvSchedule:
     return GemvSchedule(4, rows, prefetch=what)
 
 
+def event(what: str) -> None:
+    """A line in the file that `FAKE_DEVICE_EVENTS` names, by all workers in turn."""
+    if log := os.environ.get("FAKE_DEVICE_EVENTS"):
+        with Path(log).open("a") as file:
+            file.write(f"{what}\n")
+
+
 @dataclass(frozen=True)
 class FakeKernel:
     """See `timing.Kernel`."""
@@ -44,6 +51,7 @@ class FakeKernel:
         pass
 
     def run(self, copy: int, *, cold: bool) -> float:
+        event("run")
         if self.schedule.prefetch == CRASHES:
             os.abort()
         if self.schedule.prefetch == HANGS:
@@ -69,6 +77,7 @@ class FakeDevice:
                 file.write(f"{inputs.work.name}\n")
 
     def load(self, work: Work, candidate: Any) -> FakeKernel:
+        event("build")
         if candidate.prefetch == FAILS:
             raise ValueError("does not compile")
         return FakeKernel(candidate)

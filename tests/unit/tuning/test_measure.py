@@ -80,6 +80,8 @@ def test_a_device_of_tvms_runtime() -> None:
     kernel = device.load(work, spec.rule(work.problem).gemv)
     assert kernel.run(0, cold=True) > 0 and kernel.run(0, cold=False) > 0
     assert kernel.wrong() == ""
+    kernel.poison()  # or the next kernel of the work would be right without doing anything
+    assert kernel.wrong() != ""
     device.prepare(replace(inputs, expected=inputs.expected + 1))
     kernel = device.load(work, spec.rule(work.problem).gemv)
     kernel.run(0, cold=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from helpers_tuning import FakeMeasurer
 from awq_compile.errors import CompileError
 from awq_compile.formats import QuantSpec
 from awq_compile.problem import MatmulProblem
-from awq_compile.schedules import SimtGemvSchedule
+from awq_compile.schedules import GemvSchedule, SimtGemvSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.database import ScheduleDatabase
-from awq_compile.tuning.measure import Work
+from awq_compile.tuning.measure import SEARCH, Measurement, Times, Work
 from awq_compile.tuning.search import FROM_MODEL, Search
 from awq_compile.tuning.space import space_of
-from awq_compile.tuning.tune import Options, Outcome, tune_work
+from awq_compile.tuning.tune import Options, Outcome, choose, search_plan, tune_work
 
 SPEC = resolve_target("opencl")
 PROBLEM = MatmulProblem(512, 256, QuantSpec(4, 32), dtype="float16")
@@ -129,6 +130,36 @@ def test_the_untuned_schedule_stays_unless_it_is_beaten_beyond_noise(tmp_path: P
         found = tune(FakeMeasurer(lambda s, t=untuned: t if s == RULE else hill(s)), tmp_path / str(gain))  # type: ignore[misc]
         assert (found.record.schedule == RULE) is kept
         assert found.record.seconds <= found.record.untuned_seconds
+
+
+def times(schedule: Any, cold: float, warm: float) -> Measurement:
+    return Measurement(schedule, "ok", Times.of([cold] * 9), Times.of([warm] * 9))
+
+
+def test_among_equals_the_least_code_is_chosen() -> None:
+    """One per cent faster is noise, and not worth four times the code; three per cent are worth it."""
+    untuned, short = times(GemvSchedule(16, 4), 2.0, 2.0), times(GemvSchedule(16, 2), 1.0, 1.0)
+    for seconds, chosen in ((0.99, 2), (0.97, 8)):
+        long = times(GemvSchedule(16, 8), seconds, 1.0)
+        assert choose(untuned, [untuned, short, long]).schedule == GemvSchedule(16, chosen)
+
+
+def test_a_schedule_that_is_slower_out_of_the_cache_is_not_chosen() -> None:
+    """However fast it is over weights in memory; one run out of the cache says nothing."""
+    untuned, other = times(GemvSchedule(16, 4), 2.0, 1.0), times(GemvSchedule(16, 2), 1.0, 1.1)
+    assert choose(untuned, [untuned, other]) is untuned
+    once = replace(other, warm=Times.of([1.1]))
+    assert choose(untuned, [untuned, once]) is once
+
+
+def test_a_hopeless_candidate_is_measured_once() -> None:
+    """At half the speed of the fastest; runs of microseconds are all measured alike."""
+    search = Search(space_of(PROBLEM, "gemv", SPEC), [RULE], [RULE], seed=0)
+    assert search_plan(search, SEARCH) == SEARCH
+    search.take(times(RULE, 0.1, 0.1))
+    assert search_plan(search, SEARCH).slow == pytest.approx(0.2)
+    search.take(times(BEST, 1e-5, 1e-5))
+    assert search_plan(search, SEARCH).slow == pytest.approx(0.01)
 
 
 def test_neighbours_come_right_after_the_untuned_schedule(tmp_path: Path) -> None:
