@@ -76,9 +76,10 @@ def test_members_are_the_legal_combinations(target: str, bucket: str) -> None:
             continue
         assert (schedule in members) == (why_illegal(p, bucket, spec, schedule) is None)
     if isinstance(spec, GpuTarget):
+        most = 227 << 10 if space.template == "warpgroup" else spec.limits.shared_bytes  # it opts in at the launch
         for member in space.members:
             assert 32 <= member.threads <= spec.limits.max_threads  # type: ignore[union-attr]
-            assert member.shared_bytes <= spec.limits.shared_bytes  # type: ignore[union-attr]
+            assert member.shared_bytes <= most  # type: ignore[union-attr]
     if bucket == "gemv":
         assert {getattr(member, "batch", 1) for member in members} == {1}
 
