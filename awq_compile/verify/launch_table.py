@@ -142,5 +142,22 @@ def kernels_of(table: Table) -> list[str]:
     return list(dict.fromkeys(walk(table["body"])))
 
 
+def bounds_of(table: Table) -> list[int]:
+    """The numbers that the host code compares an argument with to choose a kernel."""
+
+    def walk(body: list[Any]) -> list[int]:
+        found = []
+        for statement in body:
+            if statement[0] == "if":
+                operator, *operands = statement[1]
+                found += [o for o in operands if operator in ("eq", "le", "lt") and isinstance(o, int)]
+                found += walk(statement[2]) + walk(statement[3])
+            elif statement[0] == "for":
+                found += walk(statement[4])
+        return found
+
+    return list(dict.fromkeys(walk(table["body"])))
+
+
 def _words(arg: Any) -> str:
     return f"of {arg.dtype}" if isinstance(arg, np.ndarray) else type(arg).__name__

@@ -25,10 +25,11 @@ from awq_compile.verify.case import Case
 from awq_compile.verify.cases import attention, cache, engine, sampler
 from awq_compile.verify.cases.generic import Reference, build_references, generic_cases
 from awq_compile.verify.cases.linear import embedding_cases, linear_cases
-from awq_compile.verify.launch_table import Table
+from awq_compile.verify.launch_table import Table, bounds_of
 
 # Of every bucket, and for tiles of four rows every length of the last one: a bound off by one misses only one of them.
 ROWS: Final = (1, 2, 5, 7, 8, 37, 38, 39, 64, 65, 131)
+_MOST_ROWS: Final = 1024  # a bound in a library from outside takes no more memory than this many rows
 Cases = Callable[[Table, np.random.Generator], Iterator[Case]]
 Fact = Mapping[str, Any]  # `kind`, and what its PrimFunc's attributes say
 
@@ -138,7 +139,7 @@ def _role(name: str, fact: Fact, references: Mapping[str, Reference], config: Mo
     match fact["kind"]:
         case "linear":
             problem = decode_problem(fact["problem"])
-            return Role("linear", "float64", lambda _, rng: linear_cases(problem, ROWS, rng))
+            return Role("linear", "float64", lambda table, rng: linear_cases(problem, _rows_of(table), rng))
         case "embedding":
             spec = _spec(fact["spec"])
             vocab, hidden = config.vocab_size, config.hidden_size
@@ -154,6 +155,11 @@ def _role(name: str, fact: Fact, references: Mapping[str, Reference], config: Mo
             return Role("engine", "float64", lambda table, rng: engine.softmax(table, rng, (1, 2, 7), active))
     reference = references[name]
     return Role("other", "LLVM", lambda table, rng: generic_cases(table, reference, rng))
+
+
+def _rows_of(table: Table) -> tuple[int, ...]:
+    """`ROWS`, and one more than every bound between kernels, so that each of them runs."""
+    return tuple(sorted({*ROWS, *(bound + 1 for bound in bounds_of(table) if 0 < bound < _MOST_ROWS)}))
 
 
 def _named(name: str, config: ModelConfig) -> Role:

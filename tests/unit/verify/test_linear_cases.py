@@ -6,11 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm
+from helpers_models import DEMO
 
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
-from awq_compile.problem import MatmulProblem
+from awq_compile.kernels.build import scheduled_linear
+from awq_compile.models.config import read_config
+from awq_compile.problem import MatmulProblem, encode_problem
+from awq_compile.targets import resolve_target
 from awq_compile.verify.case import Case, Expected, arrays_after, call_arguments, judge, same_bytes
+from awq_compile.verify.launch_table import kernels_of, run_prim_func
 from awq_compile.verify.oracles import linear as oracle
+from awq_compile.verify.record import LaunchRecorder
+from awq_compile.verify.roles import roles_of
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32, False), QuantSpec(4, 32, order="KN"), Float16Spec()])
@@ -48,3 +56,29 @@ def test_inputs_are_copied_once_for_the_cases_that_share_them() -> None:
     assert not judge(cases[1], arrays_after(second)).reason
     np.asarray(second[1])[2] = 7
     assert judge(cases[1], arrays_after(second)).reason == "argument 1, an input, was changed"
+
+
+@pytest.mark.parametrize("name", ["cuda:sm_80", "cuda:sm_90", "metal"])
+def test_every_kernel_of_a_linear_has_rows(name: str) -> None:
+    """The host code tells kernels apart by M, and each of them gets one."""
+    spec, recorder = resolve_target(name), LaunchRecorder()
+    problem = MatmulProblem(64, 256, QuantSpec(4, 128), dtype="float16")
+    function = scheduled_linear(problem, spec.rule(problem)).with_attr("global_symbol", "linear")
+    context = tvm.transform.PassContext(instruments=[recorder.instrument()], config={"tirx.disable_cse_tir": True})
+    with tvm.target.Target(spec.tvm_target) as target, context:
+        tvm.tirx.build(tvm.IRModule({"linear": function}), target=target)
+    table, launched = recorder.tables["linear"], Launched()
+    role = roles_of({"linear": {"kind": "linear", "problem": encode_problem(problem)}}, {}, read_config(DEMO))["linear"]
+    for case in role.cases(table, np.random.default_rng(0)):
+        run_prim_func(table, launched, list(case.arguments))
+    assert launched.kernels == set(kernels_of(table)) and len(launched.kernels) >= 3
+
+
+class Launched:
+    """An `Executor` that keeps the names."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def launch(self, kernel: str, args: Any, grid: Any, block: Any, *, dynamic_shared: int = 0) -> None:
+        self.kernels.add(kernel)
