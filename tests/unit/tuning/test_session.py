@@ -17,7 +17,7 @@ from awq_compile.problem import MatmulProblem
 from awq_compile.targets import resolve_target
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import roofline_seconds
-from awq_compile.tuning.database import known_records, user_files
+from awq_compile.tuning.database import ScheduleDatabase, user_files
 from awq_compile.tuning.measure import Work
 from awq_compile.tuning.problems import Share, model_works
 from awq_compile.tuning.session import tune_works
@@ -60,9 +60,9 @@ def test_the_largest_share_comes_first_and_is_kept_at_once(tmp_path: Path, monke
     session = tune_works(measurer, shares, SPEC, measurer.roof(), Options(trials=3))
     share, outcome = next(session)
     assert share == shares[1]
-    assert [record.line() for record in known_records().records] == [outcome.record.line()]
+    assert [r.line() for r in ScheduleDatabase.load(user_files()).records] == [outcome.record.line()]
     assert [share.share for share, _ in session] == [0.2, 0.1]
-    assert len(user_files()) == 1 and len(known_records().records) == 3
+    assert len(user_files()) == 1 and len(ScheduleDatabase.load(user_files()).records) == 3
 
 
 def test_seconds_go_by_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
