@@ -48,6 +48,7 @@ def _by_rows(args: LinearArgs, buckets: list[tuple[str, FewRows | ManyRows]]) ->
     if not larger:
         _kernel(args, bucket, schedule)
         return
+    # For one row not M ≤ 1: that kernel would write a row where M is 0.
     with T.If(args.m == 1 if bucket == "gemv" else args.m <= ROW_BUCKETS[bucket]):
         with T.Then():
             _kernel(args, bucket, schedule)

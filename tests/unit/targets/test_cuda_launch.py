@@ -12,9 +12,9 @@ from awq_compile.errors import ArtifactError
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.build import bucket_linear
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import MatrixGemvSchedule, StagedMatrixSchedule
+from awq_compile.schedules import MatrixGemvSchedule, StagedMatrixSchedule, WarpgroupSchedule
 from awq_compile.targets import resolve_target
-from awq_compile.targets.cuda import CudaTarget
+from awq_compile.targets.cuda import CudaTarget, with_device_functions
 from awq_compile.targets.cuda_launch import TAG, check_tags, waiting_kernels
 from awq_compile.targets.vulkan.blob import (
     Blob,
@@ -32,6 +32,8 @@ KERNELS = (
     ("small", MatrixGemvSchedule(3, 2, 1, 2)),
     ("medium", MatrixGemvSchedule(2, 2, 2, 3)),
     ("gemm", StagedMatrixSchedule(2, 1, 4)),
+    ("wide", WarpgroupSchedule(1, 2, 8, 2)),
+    ("gemm", WarpgroupSchedule(2, 2, 16, copies=4)),
 )
 KERNEL = re.compile(r"__global__ [^;{}]*\(([^;{}()]*)\) \{$(.*?)^\}", re.MULTILINE | re.DOTALL)
 WAIT = re.compile(r"^  awq_grid_wait\(.*\n", re.MULTILINE)
@@ -54,6 +56,15 @@ def too_early(source: str) -> list[str]:
     before = set(re.findall(r"\w+", WAIT.split(body)[0]))
     assert "return" not in before
     return sorted(name for name in buffers & before if not name.startswith("q_"))
+
+
+@pytest.mark.parametrize(("bucket", "schedule"), KERNELS, ids=str)
+def test_what_a_kernel_calls_is_there(bucket: str, schedule: Any) -> None:
+    """Every device function of ours that the source calls is put in front of it."""
+    source = cuda_source(bucket, schedule)
+    called = set(re.findall(r"\bawq_\w+", source))
+    defined = set(re.findall(r"__forceinline__ void (awq_\w+)\(", with_device_functions(source, "sm_90")))
+    assert called and called <= defined
 
 
 @pytest.mark.parametrize(("bucket", "schedule"), KERNELS, ids=str)
