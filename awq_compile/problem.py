@@ -90,7 +90,8 @@ SMALL_ROWS: Final = 8
 ROW_BUCKETS: Final = {  # most rows of each
     "gemv": 1,
     "small": SMALL_ROWS,
-    "medium": 32,
+    "medium": 16,
+    "broad": 32,
     "large": 64,
     "wide": 256,
     "gemm": 1 << 31,

@@ -110,18 +110,22 @@ class MatrixGemvSchedule:
 
     Its `warps` share the groups along K. `stages`: 1, where a group's words are read into registers while the one
     before is multiplied; else so many groups have a place in shared memory, all but one of them on their way.
+    `resident`: blocks that a multiprocessor shall hold at once, which limits registers; 0 leaves that to the compiler.
     """
 
     warps: int
     tiles: int = 1
     columns: int = 1
     stages: int = 1
+    resident: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.warps <= 32 or self.tiles not in (1, 2, 4) or self.columns not in (1, 2, 4, 8):
             raise CompileError(f"illegal {self}: 1 to 32 warps, tiles one of (1, 2, 4), columns of (1, 2, 4, 8)")
         if self.stages not in (1, 2, 3, 4):
             raise CompileError(f"illegal {self}: 1 to 4 stages")
+        if self.resident < 0 or self.resident * self.threads > 2048:
+            raise CompileError(f"illegal {self}: at most 2048 resident threads")
 
     @property
     def threads(self) -> int:
@@ -170,29 +174,32 @@ class StagedMatrixSchedule:
         return self.stages * self.columns * 8 * 128
 
 
+WGMMA_COLUMNS: Final = (2, 4, 8, 16, 32)
+
+
 @dataclass(frozen=True)
 class WarpgroupSchedule:
     """For `kernels.wgmma_gemm`, many rows, on sm_90: each of `warpgroups` takes `tiles` times 64 rows of W.
 
     All of them take `columns` times 8 rows of x. `slices`: as many such sets of warpgroups share the groups along K.
-    `copies`: pieces of x, 64 along K, that shared memory holds: one is arranged, the others are on their way.
+    `stages`: pieces of x, 64 along K, that shared memory holds of each slice.
     """
 
     warpgroups: int
     tiles: int
     columns: int
     slices: int = 1
-    copies: int = 3
+    stages: int = 4
 
     def __post_init__(self) -> None:
-        if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in (8, 16, 32):
-            raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns of (8, 16, 32)")
-        if self.slices not in (1, 2, 4) or self.threads > 1024:
-            raise CompileError(f"illegal {self}: slices one of (1, 2, 4), and at most 1024 threads")
-        if self.copies not in (2, 3, 4):
-            raise CompileError(f"illegal {self}: copies one of (2, 3, 4)")
-        if self.columns * 16 * self.slices % self.threads:
-            raise CompileError(f"illegal {self}: whole pieces of x for every thread")
+        if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in WGMMA_COLUMNS:
+            raise CompileError(f"illegal {self}: warpgroups one of (1, 2, 4), tiles of (1, 2), columns {WGMMA_COLUMNS}")
+        if self.slices not in (1, 2, 4, 8) or self.threads > 1024:
+            raise CompileError(f"illegal {self}: slices one of (1, 2, 4, 8), and at most 1024 threads")
+        if not 2 <= self.stages <= 8:
+            raise CompileError(f"illegal {self}: 2 to 8 stages")
+        if (self.slices - 1) * self.of_sums > self.slices * self.stages * self.of_stage:
+            raise CompileError(f"illegal {self}: the sums of all slices but one must fit into the stages")
 
     @property
     def threads(self) -> int:
@@ -201,11 +208,18 @@ class WarpgroupSchedule:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of three stages of 64 elements along K for each slice, and of the copies.
+        """Shared memory of the stages and of their barriers. The slices' sums lie there in the end."""
+        return self.slices * self.stages * (self.of_stage + 8)
 
-        The slices' sums lie there in the end.
-        """
-        return self.slices * (3 + self.copies) * self.columns * 8 * 128
+    @property
+    def of_stage(self) -> int:
+        """Bytes of a stage."""
+        return self.columns * 8 * 128
+
+    @property
+    def of_sums(self) -> int:
+        """Bytes of a slice's sums."""
+        return self.threads // self.slices * self.tiles * self.columns * 16
 
     def divides(self, k: int) -> bool:
         """Whether all slices have as many groups."""
@@ -346,6 +360,7 @@ class LinearSchedule:
     small: FewRows
     gemm: ManyRows
     medium: ManyRows | None = None
+    broad: ManyRows | None = None
     large: ManyRows | None = None
     wide: ManyRows | None = None
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
 from awq_compile.formats import QuantSpec
@@ -63,53 +63,91 @@ def _templates(arch: str) -> GpuTemplates:
     return GpuTemplates(32, 4, 2, 32, 4, gemm, ColumnGemvSchedule(32, 8, 1, unit=8), magic=True)
 
 
-def _few(problem: MatmulProblem, widest: MatrixGemvSchedule) -> MatrixGemvSchedule:
-    """The first of few shapes whose warps an H100 holds all at once, else `widest`.
+_UNITS: Final = (
+    132  # multiprocessors of an H100 or H200: the rules below were measured on an H200, `docs/performance.md`
+)
 
-    Words wait in shared memory where a warp takes many groups. Measured on an H200, `docs/performance.md`.
-    """
-    groups, resident = problem.k // 128, 32 * 132
-    for warps, tiles in ((16, 1), (16, 2), (8, 2)):
-        if -(-problem.weight_rows // (16 * tiles)) * warps <= resident:
-            found = MatrixGemvSchedule(min(groups, warps), tiles)
-            staged = replace(found, stages=2)
-            return staged if groups >= 4 * warps and staged.shared_bytes <= _LIMITS.shared_bytes else found
-    return replace(widest, warps=min(groups, widest.warps))
+
+def _filling(problem: MatmulProblem, warps: int, shapes: tuple[MatrixGemvSchedule, ...]) -> MatrixGemvSchedule:
+    """The first whose warps make at most so many on a multiprocessor, all held at once; else the last."""
+    groups = problem.k // 128
+
+    def held(s: MatrixGemvSchedule) -> bool:
+        return -(-problem.weight_rows // (16 * s.tiles)) * s.warps <= warps * _UNITS
+
+    found = next(filter(held, shapes), shapes[-1])
+    return replace(found, warps=min(groups, found.warps))
+
+
+def _one(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """Short warps, and many of them."""
+    shapes = ((16, 1, 1, 1, 2), (8, 1, 1, 1, 1), (8, 2, 1, 1, 4), (4, 2))
+    return _filling(problem, 32, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
+
+
+def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """Where more than one of the eight rows counts, half as many warps, each with twice the registers."""
+    shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), (4, 4, 1, 2, 1))
+    return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
 
 def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """Measured on an H200 with 16 rows."""
+    """The same with two columns."""
+    shapes = ((16, 2, 2), (8, 2, 2, 2), (4, 4, 2, 1, 1))
+    return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
+
+
+def _broad(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """Two columns, taken twice."""
     groups = problem.k // 128
     if problem.weight_rows < 12288:
         return MatrixGemvSchedule(min(groups, 8), 2, columns=2, stages=2 if groups >= 8 else 1)
     return MatrixGemvSchedule(min(groups, 4), 4, columns=2)
 
 
-def _large(problem: MatmulProblem, *, warpgroups: bool) -> MatrixGemvSchedule | WarpgroupSchedule:
+def _large(problem: MatmulProblem) -> MatrixGemvSchedule:
     """The wider W is, the fewer warps share its groups, and the more rows of x each takes.
 
-    Measured on an H200 with 64 rows. With zero points to keep, or groups that two warps share unevenly, four tiles by
-    four columns take more registers than exist.
+    With zero points to keep, or groups that two warps share unevenly, four tiles by four columns take more registers
+    than exist.
     """
     groups = problem.k // 128
     if problem.weight_rows < 6144:
         return MatrixGemvSchedule(min(groups, 4), 4, columns=2)
-    if warpgroups and problem.weight_rows >= 24576 and groups % 2 == 0:
-        return WarpgroupSchedule(1, 2, 8, 2)
     warps = min(groups, 4 if problem.weight_rows < 12288 else 2)
     plain = isinstance(problem.spec, QuantSpec) and problem.spec.symmetric and groups % warps == 0
     return MatrixGemvSchedule(warps, 4 if plain else 2, columns=4)
 
 
 def _wide(problem: MatmulProblem) -> StagedMatrixSchedule | None:
-    """Where W is narrow, few rows make few blocks: smaller ones. Measured on an H200 with 128 and 256 rows."""
+    """Where W is narrow, few rows make few blocks: smaller ones."""
     return StagedMatrixSchedule(4, 2, 8, 3) if problem.weight_rows < 12288 else None
 
 
-def _wide_warpgroups(problem: MatmulProblem) -> WarpgroupSchedule | None:
-    """The same by `wgmma`, where two slices share the groups if they can."""
-    slices = 2 if problem.k // 128 % 2 == 0 else 1
-    return WarpgroupSchedule(1, 2, 8, slices, 4) if problem.weight_rows < 12288 else None
+def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
+    """By bucket. A block for each multiprocessor, which slices of K fill up with warps where there are few rows."""
+    rows = problem.weight_rows
+    found = {"gemm": WarpgroupSchedule(2, 1, 32)}
+    if rows < 6144:
+        found |= {"large": WarpgroupSchedule(1, 1, 8, 4), "wide": WarpgroupSchedule(1, 1, 16, 4, 3)}
+    elif rows < 12288:
+        found |= {"broad": WarpgroupSchedule(1, 1, 4, 4, 6), "large": WarpgroupSchedule(1, 1, 8, 4)}
+        found |= {"wide": WarpgroupSchedule(1, 1, 16, 4, 3)}
+    elif rows < 24576:
+        found |= {"broad": WarpgroupSchedule(1, 2, 4, 4, 8), "large": WarpgroupSchedule(2, 1, 8, 2, 6)}
+        found |= {"wide": WarpgroupSchedule(2, 1, 16, 2)}
+    else:
+        found |= {"broad": WarpgroupSchedule(1, 2, 4, 4, 8), "large": WarpgroupSchedule(4, 1, 8, 1, 8)}
+        found |= {"wide": WarpgroupSchedule(1, 2, 16, 1, 6)}
+    return {bucket: _sharing(s, problem.k // 128) for bucket, s in found.items()}
+
+
+def _sharing(s: WarpgroupSchedule, groups: int) -> WarpgroupSchedule:
+    """With as many slices as share the groups evenly."""
+    slices = s.slices
+    while groups % slices:
+        slices //= 2
+    return replace(s, slices=slices)
 
 
 def _mma_k(arch: str) -> int:
@@ -127,14 +165,11 @@ class CudaTarget(GpuTarget):
         chosen = super().rule(problem)
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
-        gemv, small = (_few(problem, MatrixGemvSchedule(warps, 4)) for warps in (4, 8))
-        warpgroups = self.archs == ("sm_90",)
-        large = _large(problem, warpgroups=warpgroups)
-        chosen = replace(chosen, gemv=gemv, small=small, medium=_medium(problem), large=large)
-        if not warpgroups:
-            return replace(chosen, wide=_wide(problem), gemm=StagedMatrixSchedule(8, 2, 16))
-        many = WarpgroupSchedule(2 if problem.weight_rows >= 2048 else 1, 2, 16, copies=4)
-        return replace(chosen, wide=_wide_warpgroups(problem), gemm=many)
+        gemm = StagedMatrixSchedule(8, 2, 16)
+        chosen = LinearSchedule(_one(problem), _few(problem), gemm, _medium(problem), _broad(problem), _large(problem))
+        if self.archs != ("sm_90",):
+            return replace(chosen, wide=_wide(problem))
+        return replace(chosen, **_warpgroups(problem))
 
     @contextmanager
     def building(self) -> Iterator[None]:
@@ -208,10 +243,20 @@ def with_device_functions(source: str, arch: str) -> str:
     """Kernels as nvcc takes them: with our inline PTX in front."""
     if MARK not in source:
         return source
+    source = with_resident_blocks(source)
     warpgroups = WARPGROUP_MARK in source
     if warpgroups:  # swizzled stages repeat every 1024 bytes
-        source = source.replace("__shared__ alignas(64)", "__shared__ alignas(1024)")
+        source = source.replace("__shared__ __align__(64)", "__shared__ __align__(1024)")
     return device_functions(_mma_k(arch), warpgroups=warpgroups) + source
+
+
+def with_resident_blocks(source: str) -> str:
+    """What a kernel asks for by `awq_resident` becomes its launch bound."""
+    for name, blocks in re.findall(
+        r"^extern \"C\" __global__ void [^;{}]*?\b(\w+)\([^;{}()]*\) \{\n[^}]*?awq_resident<(\d+)>", source, re.M
+    ):
+        source = re.sub(rf"(__launch_bounds__\(\d+)(\) {name}\()", rf"\1, {blocks}\2", source)
+    return source
 
 
 def machine_archs(source: str, archs: tuple[str, ...]) -> tuple[str, ...]:

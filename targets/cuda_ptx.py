@@ -59,7 +59,7 @@ __device__ __forceinline__ void awq_pairs_f16(unsigned* d, const void* x) {
   d[3] = __byte_perm(u[1], u[3], 0x7632);
 }
 __device__ __forceinline__ void awq_load_16(unsigned* d, const void* from) {  // of what is read once
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(from));
 }
 __device__ __forceinline__ void awq_load_2(void* d, const void* from) {
@@ -75,13 +75,15 @@ __device__ __forceinline__ void awq_scale_f16(unsigned* d, const void* scale) {
 # kernels may have written to pass through the wait: to the compiler, what only a `__restrict__` pointer reaches is no
 # concern of an instruction that does not get it, and reads of x could move up.
 _GRID: Final = """
+template <int Blocks>
+__device__ __forceinline__ void awq_resident() {}
 #if __CUDA_ARCH__ >= 900
 #define AWQ_LOAD_EARLY "ld.global"
 #else
 #define AWQ_LOAD_EARLY "ld.global.nc"
 #endif
 __device__ __forceinline__ void awq_load_early_16(unsigned* d, const void* from) {
-  asm volatile(AWQ_LOAD_EARLY ".L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile(AWQ_LOAD_EARLY ".L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(from));
 }
 __device__ __forceinline__ void awq_load_early_2(void* d, const void* from) {
@@ -101,7 +103,7 @@ __device__ __forceinline__ void awq_grid_wait(const void* x, const void* y, cons
 _ASYNC: Final = """
 __device__ __forceinline__ void awq_cp_async_16(void* to, const void* from) {
   unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" : : "r"(at), "l"(from) : "memory");
 }
 __device__ __forceinline__ void awq_cp_async_commit() {
   asm volatile("cp.async.commit_group;" : : : "memory");
@@ -137,12 +139,12 @@ __device__ __forceinline__ void awq_wgmma_m64n{columns}k16_f16f32(
 
 
 _WARPGROUP: Final = """
-// A word's 8 halves of four lanes, from a copied row to a row that wgmma reads: four pieces of a pair from each lane.
-__device__ __forceinline__ void awq_arrange_f16(void* row, const void* copied, int word, int number) {
-  const uint4* from = static_cast<const uint4*>(copied);
+// A word's 8 halves of four lanes, from a row of x to a row that wgmma reads: four pieces of a pair from each lane.
+__device__ __forceinline__ void awq_arrange_f16(void* row, const void* x, int word, int number) {
+  const uint4* from = static_cast<const uint4*>(x);
   uint4 *to = static_cast<uint4*>(row), u[4];
 #pragma unroll
-  for (int t = 0; t < 4; ++t) u[t] = from[(t * 2 + word) ^ (number % 4 * 2)];
+  for (int t = 0; t < 4; ++t) u[t] = from[t * 4];
   to[(word * 4) ^ number] = make_uint4(__byte_perm(u[0].x, u[0].z, 0x5410), __byte_perm(u[1].x, u[1].z, 0x5410),
                                        __byte_perm(u[2].x, u[2].z, 0x5410), __byte_perm(u[3].x, u[3].z, 0x5410));
   to[(word * 4 + 1) ^ number] = make_uint4(__byte_perm(u[0].x, u[0].z, 0x7632), __byte_perm(u[1].x, u[1].z, 0x7632),
@@ -152,12 +154,34 @@ __device__ __forceinline__ void awq_arrange_f16(void* row, const void* copied, i
   to[(word * 4 + 3) ^ number] = make_uint4(__byte_perm(u[0].y, u[0].w, 0x7632), __byte_perm(u[1].y, u[1].w, 0x7632),
                                            __byte_perm(u[2].y, u[2].w, 0x7632), __byte_perm(u[3].y, u[3].w, 0x7632));
 }
+// A stage has a barrier of 8 bytes, whose phase ends when all bytes of a load are there.
+template <int Count>
+__device__ __forceinline__ void awq_stages_init(void* barriers) {
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barriers));
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(at + i * 8) : "memory");
+  }
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+}
+template <int Bytes>
+__device__ __forceinline__ void awq_stage_load(void* barrier, void* stage, const void* from) {
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(stage));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(at), "n"(Bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               : : "r"(to), "l"(from), "n"(Bytes), "r"(at) : "memory");
+}
+__device__ __forceinline__ void awq_stage_wait(const void* barrier, int parity) {
+  unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier)), done;
+  do {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(at), "r"(parity) : "memory");
+  } while (!done);
+}
 template <int Threads>
 __device__ __forceinline__ void awq_barrier_of(int slice) {  // of one slice's threads; barrier 0 is the whole block's
   asm volatile("barrier.sync %0, %1;" : : "r"(slice + 1), "n"(Threads) : "memory");
-}
-__device__ __forceinline__ void awq_fence_async() {
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
 template <int Count>
 __device__ __forceinline__ void awq_wgmma_ready(unsigned* a) {  // decoded before the fence, not behind it
@@ -194,7 +218,7 @@ def device_functions(newest_k: int, *, warpgroups: bool = False) -> str:
     sizes = (8, 16) if newest_k == 16 else (8,)
     pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE, _GRID]
     pieces += [_ASYNC] if newest_k == 16 else []
-    pieces += [*(_wgmma(columns) for columns in (64, 128, 256)), _WARPGROUP] if warpgroups else []
+    pieces += [*(_wgmma(columns) for columns in (16, 32, 64, 128, 256)), _WARPGROUP] if warpgroups else []
     return "\n".join(pieces) + "\n"
 
 

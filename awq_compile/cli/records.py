@@ -47,8 +47,9 @@ def explain(spec: TargetSpec, shares: list[Share], output: Output) -> None:
 _STEPS = {
     "gemv": "a decode step",
     "small": "a decode step of a small batch",
-    "medium": "a decode step of a larger batch",
-    "large": "a decode step of a large batch",
+    "medium": "a decode step of 9 to 16 sequences",
+    "broad": "a decode step of 17 to 32 sequences",
+    "large": "a decode step of 33 to 64 sequences",
     "wide": "a short prefill",
     "gemm": "a prefill",
 }

@@ -9,7 +9,7 @@ way while one is decoded.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -34,6 +34,8 @@ from awq_compile.schedules import MatrixGemvSchedule
 Expr = Any
 Buffer = Any
 
+_PEELED: Final = 8  # turns up to which one group read in vain would cost more than turns of their own
+
 
 def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int | None) -> None:
     """Emits the kernel for M ≤ `max_rows` (None: any M) at the builder's current place."""
@@ -48,28 +50,52 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         T.launch_thread("threadIdx.x", 32) as lane,
         T.launch_thread("threadIdx.y", s.warps) as warp,
     ):
+        if s.resident:
+            call(f"awq_resident<{s.resident}>")
         launch_dependents()
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first = T.bind(bx * (outputs * s.tiles))
         firsts, thread = [first + i * outputs for i in range(s.tiles)], T.bind(warp * 32 + lane)
-        weights = TileWeights(args, firsts, place, t, stages=s.stages, thread=thread, threads=s.threads)
+        weights = TileWeights(
+            *(args, firsts, place, t),
+            first=warp,
+            step=s.warps,
+            stages=s.stages,
+            thread=thread,
+            threads=s.threads,
+        )
         first_x = 0 if one_block else T.bind(by * across)
-        x_rows = [
-            0 if max_rows == 1 else T.bind(T.min(first_x + c * COLUMNS + place, args.m32 - 1)) for c in range(s.columns)
-        ]
+        x = local(8, "float16")
+        x_rows = [_row_of_x(args, max_rows, first_x + c * COLUMNS + place) for c in range(s.columns)]
+        if max_rows == 1:
+            T.buffer_store(x, tirx.Broadcast(tirx.const(0, "float16"), 8), [ramp(0, 8)])
         total = local(s.tiles * s.columns * 4, "float32")
         for i in range(s.tiles * s.columns * 4):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
-        for i in range(weights.ahead):
-            weights.fetch(warp + i * s.warps, i, place=i, early=True)
         turns = -(-groups // s.warps)
-        wait_for_grids(args, loops=turns if max_rows is None else 0)  # few rows have few sums to finish
-        with T.serial(0, turns) as turn:
+        followed = max(0, turns - weights.ahead) if turns <= _PEELED else turns
+        weights.begin(turns, early=True)
+        wait_for_grids(args, loops=followed if max_rows is None else 0)  # few rows have few sums to finish
+
+        def one_turn(turn: Expr) -> None:
             group = T.bind(turn * s.warps + warp)
-            weights.advance(group + s.warps * weights.ahead, turn)
             with branch(group < groups, always=groups % s.warps == 0):
-                _one_group(args, s, weights, total, group, x_rows, t)
+                _one_group(args, s, weights, total, group, x, x_rows, t)
+
+        with T.serial(0, followed) as turn:
+            weights.advance(turn)
+            one_turn(turn)
+        for last in range(followed, turns):
+            weights.advance(last, turns - 1 - last)
+            one_turn(last)
         _finish(args, s, total, max_rows, first_x, first, lane, warp)
+
+
+def _row_of_x(args: LinearArgs, max_rows: int | None, column: Expr) -> tuple[Expr, Expr | None]:
+    """The row of x that is a lane's column, and where it is read: one row alone is the first column."""
+    if max_rows == 1:
+        return 0, column == 0
+    return T.bind(T.min(column, args.m32 - 1)), None
 
 
 def _one_group(
@@ -78,18 +104,20 @@ def _one_group(
     weights: TileWeights,
     total: Buffer,
     group: Expr,
-    x_rows: list[Expr],
+    x: Buffer,
+    x_rows: list[tuple[Expr, Expr | None]],
     t: Expr,
 ) -> None:
-    """total += scale * (W - z) x over one group."""
+    """total += scale * (W - z) x over one group. `x_rows`: a row, and where it is read: else `x` stays."""
     acc = local(s.tiles * s.columns * 4, "float32")
-    a, b, x = local(s.tiles * 8, "uint32"), local(4, "uint32"), local(8, "float16")
+    a, b = local(s.tiles * 8, "uint32"), local(4, "uint32")
     for i in range(s.tiles * s.columns * 4):
         T.buffer_store(acc, tirx.const(0, "float32"), [i])
     for w in range(WORDS):
         weights.decode(w, a, scaled=False)
-        for c, x_row in enumerate(x_rows):
-            T.buffer_store(x, args.x[x_row, ramp(group * GROUP + t * 32 + w * 8, 8)], [ramp(0, 8)])
+        for c, (x_row, read) in enumerate(x_rows):
+            with branch(read, always=read is None):
+                T.buffer_store(x, args.x[x_row, ramp(group * GROUP + t * 32 + w * 8, 8)], [ramp(0, 8)])
             call("awq_pairs_f16", pointer(b, 0), pointer(x, 0))
             for i, step in ((i, step) for i in range(s.tiles) for step in range(2)):
                 operands = ((acc, (i * s.columns + c) * 4), (a, i * 8 + step * 4), (b, step * 2))

@@ -59,12 +59,12 @@ def emit_mma_staged(args: LinearArgs, schedule: StagedMatrixSchedule) -> None:
         products = _Products(s, stages.staged, total, place, t)
         for i in range(s.tiles * s.columns * 4):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
-        weights.fetch(0)
+        weights.begin(groups)
         wait_for_grids(args, loops=groups)
         for stage in range(s.stages - 1):
             stages.begin(stage * stages.size, min(stage // 2, groups - 1), stage % 2)
         with T.serial(0, groups) as group:
-            weights.advance(group + 1)
+            weights.advance(group)
             for half in range(2):
                 number = group * 2 + half
                 ahead = number + (s.stages - 1)

@@ -33,8 +33,9 @@ WORDS: Final = 4  # that a lane reads of a group
 class TileWeights:
     """`firsts`: the first output of each tile; `g` and `t` are the lane's.
 
-    The next groups' words wait in registers (`stages` 1), or in the places that each of the block's `threads` has in
-    shared memory, `stages` of them; a thread reads only what it wrote itself.
+    In turn i the current group is `first` + i `step`; past the last group stands that one. The words of those that
+    follow wait in registers (`stages` 1), or in the places that each of the block's `threads` has in shared memory,
+    `stages` of them; a thread reads only what it wrote itself. Scales and zero points wait in registers, one turn's.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class TileWeights:
         g: Expr,
         t: Expr,
         *,
+        first: Expr = 0,
+        step: int = 1,
         stages: int = 1,
         thread: Expr = 0,
         threads: int = 0,
@@ -51,10 +54,10 @@ class TileWeights:
         spec = args.problem.spec
         assert isinstance(spec, QuantSpec)
         self._args, self._spec, self._t = args, spec, t
-        self._last = args.problem.k // GROUP - 1
+        self._first, self._step, self._last = first, step, args.problem.k // GROUP - 1
         self._rows = [row for first in firsts for row in _rows(args.problem, first, g)]
         self._stages, self._thread, self._threads = stages, thread, threads
-        self.ahead: Final = max(1, stages - 1)  # groups
+        self.ahead: Final = max(1, stages - 1)  # turns
         count = len(self._rows)
         self._words = local(count * WORDS, "uint32")
         self._waiting = (
@@ -62,45 +65,53 @@ class TileWeights:
             if stages == 1
             else T.alloc_buffer((stages * count * threads * WORDS,), "uint32", scope="shared")
         )
-        self._scales, self._scales_ahead = local(count, "float16"), local(count * self.ahead, "float16")
-        self._zeros, self._zeros_ahead = local(count, "uint32"), local(count * self.ahead, "uint32")
+        self._scales, self._scales_ahead = local(count, "float16"), local(count, "float16")
+        self._zeros, self._zeros_ahead = local(count, "uint32"), local(count, "uint32")
         self._decoded = local(4, "uint32")
 
-    def fetch(self, group: Expr, number: Expr = 0, place: int | None = None, *, early: bool = False) -> None:
-        """Reads a group ahead; past the last, that one.
+    def begin(self, turns: int, *, early: bool = False) -> None:
+        """Reads what the first of `turns` need. `early`: not behind `wait_for_grids` where that follows."""
+        for turn in range(min(turns, self.ahead)):
+            self._fetch_words(turn, early=early)
+        self._fetch_scales(0, early=early)
 
-        `number`: how many were read before; `place`: which of those ahead it is, the last unless given. `early`: not
-        behind `wait_for_grids` where that follows.
+    def advance(self, turn: Expr, left: int | None = None) -> None:
+        """The group of `turn` is the current one, and a later one is read.
+
+        `left`: turns behind this one, where they are no more than `ahead`: their words are on their way.
         """
-        weight, group = self._args.weight, T.bind(T.min(group, self._last))
-        codes, place = weight[self._args.codes], self.ahead - 1 if place is None else place
+        if self._stages > 1:
+            call(f"awq_cp_async_wait_{self.ahead - 1 if left is None else left}")
+        for i in range(len(self._rows)):
+            words = self._waiting[ramp(self._place(turn, i), WORDS)]
+            T.buffer_store(self._words, words, [ramp(i * WORDS, WORDS)])
+            T.buffer_store(self._scales, self._scales_ahead[i], [i])
+            T.buffer_store(self._zeros, self._zeros_ahead[i], [i])
+        if left is None:
+            self._fetch_words(turn + self.ahead)
+        if left != 0:
+            self._fetch_scales(turn + 1)
+
+    def _group(self, turn: Expr) -> Expr:
+        return T.bind(T.min(self._first + turn * self._step, self._last))
+
+    def _fetch_words(self, turn: Expr, *, early: bool = False) -> None:
+        codes, group = self._args.weight[self._args.codes], self._group(turn)
         for i, row in enumerate(self._rows):
             # Loads of C would be put off to where they are used.
             at = codes.access_ptr("r", offset=row * codes.shape[1] + (group * 4 + self._t) * WORDS)
-            load = "awq_load_early" if early else "awq_load"
-            name = f"{load}_16" if self._stages == 1 else "awq_cp_async_16"
-            call(name, pointer(self._waiting, self._place(number, i)), at)
-            scale = weight["q_scale"].access_ptr("r", offset=row * (self._last + 1) + group)
-            call(f"{load}_2", pointer(self._scales_ahead, place * len(self._rows) + i), scale)
-            zero = self._spec.zero if self._spec.symmetric else weight["q_zero"][row, group]
-            T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [place * len(self._rows) + i])
+            name = ("awq_load_early_16" if early else "awq_load_16") if self._stages == 1 else "awq_cp_async_16"
+            call(name, pointer(self._waiting, self._place(turn, i)), at)
         if self._stages > 1:
             call("awq_cp_async_commit")
 
-    def advance(self, following: Expr, number: Expr = 0) -> None:
-        """Group `number` of those that were read is the current one; `following` is read, `ahead` behind it."""
-        count = len(self._rows)
-        if self._stages > 1:
-            call(f"awq_cp_async_wait_{self._stages - 2}")
-        for i in range(count):
-            waiting = self._waiting[ramp(self._place(number, i), WORDS)]
-            T.buffer_store(self._words, waiting, [ramp(i * WORDS, WORDS)])
-        for now, later in ((self._scales, self._scales_ahead), (self._zeros, self._zeros_ahead)):
-            for i in range(count):
-                T.buffer_store(now, later[i], [i])
-            for i in range(count * (self.ahead - 1)):
-                T.buffer_store(later, later[i + count], [i])
-        self.fetch(following, number + self.ahead)
+    def _fetch_scales(self, turn: Expr, *, early: bool = False) -> None:
+        group = self._group(turn)
+        for i, row in enumerate(self._rows):
+            at = self._args.weight["q_scale"].access_ptr("r", offset=row * (self._last + 1) + group)
+            call("awq_load_early_2" if early else "awq_load_2", pointer(self._scales_ahead, i), at)
+            zero = self._spec.zero if self._spec.symmetric else self._args.weight["q_zero"][row, group]
+            T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [i])
 
     def _place(self, number: Expr, row: int) -> Expr:
         """Of a row's words."""
@@ -155,8 +166,10 @@ def launch_dependents() -> None:
     call("awq_grid_launch_dependents")
 
 
-def wait_for_grids(args: LinearArgs, *, loops: int = 0) -> None:
+def wait_for_grids(args: LinearArgs, *, x: Buffer | None = None, loops: int = 0) -> None:
     """Waits for the kernels before this one to end; a kernel that calls it may be launched while they run.
+
+    `x`: what it reads in the place of x.
 
     Before it nothing is read but W, a parameter, and nothing is written; every thread must come here. CUDA C++
     Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, "griddepcontrol".
@@ -165,7 +178,7 @@ def wait_for_grids(args: LinearArgs, *, loops: int = 0) -> None:
     write of y. So the residual is not given where that would cost: its reads stand behind a loop of so many `loops`,
     which nothing unrolls, and do not move over it.
     """
-    buffers = [args.x, args.y]
+    buffers = [args.x if x is None else x, args.y]
     if args.residual is not None and loops <= 4:
         buffers.append(args.residual)
     call("awq_grid_wait", *(buffer.access_ptr("r") for buffer in buffers))

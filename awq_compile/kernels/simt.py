@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
@@ -15,6 +16,11 @@ from awq_compile.kernels.simd import cast, ramp
 
 Expr = Any
 Buffer = Any
+
+
+def workspace(name: str, shape: tuple[Expr, ...], dtype: str) -> Buffer:
+    """Memory of the device from one kernel of a function to the next."""
+    return IRBuilder.name(name, T.alloc_buffer(shape, dtype))
 
 
 def barrier() -> None:

@@ -2,16 +2,17 @@
 
 W is the instruction's A, 64 rows of it in a warpgroup's registers: each of its four warps holds 16 as `mma.m16n8k16`
 does, so that `mma_weights` says which weights a lane decodes for which of the 16 steps along K. x is its B, all rows of
-it that the block has, with the steps along K in that same order: a thread takes a word's 8 elements of all four lanes,
-pairs them as the decoding does, and writes them as four pieces of 16 bytes.
+it that the block has, with the steps along K in that same order.
 
-A stage is 64 steps along K: rows of 128 bytes, whose pieces lie at their number xor row mod 8 (PTX ISA, "Matrix
-layouts for wgmma", swizzling of 128 bytes, K-major). Of three stages one is multiplied, one may still be, and one is
-written, so that there is one barrier a stage. What is written there `cp.async` has brought to shared memory as it is,
-`copies` stages of it: the one that is arranged, and those on their way. The operands of two words alternate: one is
-decoded while products with the other run.
+A kernel ahead arranges x so, once for all blocks: stages of 64 steps along K, of the rows of x that a block takes, in
+rows of 128 bytes whose pieces of 16 lie at their number xor row mod 8 (PTX ISA, "Matrix layouts for wgmma", swizzling
+of 128 bytes, K-major). A word's 8 elements of all four lanes, paired as the decoding does, make four such pieces.
 
-Slices take groups in turn, each with stages and a barrier of its own; their sums meet in shared memory.
+A stage is then one bulk copy, which ends a phase of the stage's barrier (PTX ISA, "cp.async.bulk", "mbarrier"). It is
+started when all warps are through with what lay in its place. The operands of two words alternate: one is decoded
+while products with the other run.
+
+Slices take groups in turn, each with stages of its own; their sums meet in shared memory.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from awq_compile.kernels.mma_weights import (
     store_sums,
     wait_for_grids,
 )
-from awq_compile.kernels.simt import barrier, branch
+from awq_compile.kernels.simt import barrier, branch, workspace
 from awq_compile.schedules import WarpgroupSchedule
 
 Expr = Any
@@ -44,22 +45,47 @@ Buffer = Any
 
 _STAGE: Final = 64  # elements along K
 _WARPS: Final = 4  # of a warpgroup
-_PIECES: Final = 8  # of 16 bytes, of a row of x in a stage
-_PER_PIECE: Final = 8  # elements of x
+_WORD: Final = 8  # elements along K of a lane
+_THREADS: Final = 64  # that arrange x: of the fewest rows a block takes, and one group
 
 
 def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
-    """Emits the kernel for any M at the builder's current place."""
-    problem, s = args.problem, schedule
-    if not s.divides(problem.k):
-        raise CompileError(f"{problem.name}: {s.slices} slices do not share {problem.k // GROUP} groups evenly")
-    pairs = problem.epilogue.activation == "silu_mul"
-    outputs = ROWS // 2 if pairs else ROWS  # of a warp's part of a tile
+    """Emits both kernels for any M at the builder's current place."""
+    if not schedule.divides(args.problem.k):
+        groups = args.problem.k // GROUP
+        raise CompileError(f"{args.problem.name}: {schedule.slices} slices do not share {groups} groups evenly")
+    across = COLUMNS * schedule.columns
+    blocks = T.bind((args.m32 + (across - 1)) // across)
+    arranged = workspace("arranged", (tirx.Cast("int64", blocks) * (across * args.problem.k),), "float16")
+    _arrange(args, arranged, blocks, across)
+    _multiply(args, schedule, arranged, blocks)
+
+
+def _arrange(args: LinearArgs, arranged: Buffer, blocks: Expr, across: int) -> None:
+    """A thread takes one word's elements of four lanes; rows past M repeat the last."""
+    k = args.problem.k
+    words = k // (4 * _WORD)  # of a row
+    with (
+        T.launch_thread("blockIdx.x", blocks * (across * words // _THREADS)) as block,
+        T.launch_thread("threadIdx.x", _THREADS) as thread,
+    ):
+        launch_dependents()
+        call("awq_grid_wait", args.x.access_ptr("r"), arranged.access_ptr("r"))
+        row, word = T.bind((block * _THREADS + thread) // words), T.bind((block * _THREADS + thread) % words)
+        source = T.min(row, args.m32 - 1) * k + word // 4 * GROUP + word % 4 * _WORD
+        stage = row // across * (k // _STAGE) + word // 2
+        to = arranged.access_ptr("rw", offset=(stage * across + row % across) * _STAGE)
+        call("awq_arrange_f16", to, args.x.access_ptr("r", offset=source), word % 2, row % 8)
+
+
+def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: Expr) -> None:
+    problem = args.problem
+    outputs = ROWS // 2 if problem.epilogue.activation == "silu_mul" else ROWS  # of a warp's part of a tile
     of_group = outputs * _WARPS * s.tiles
     across, groups, sums = COLUMNS * s.columns, problem.k // GROUP // s.slices, s.tiles * s.columns * 4
     of_slice = s.threads // s.slices
     with (
-        T.launch_thread("blockIdx.x", (args.m32 + (across - 1)) // across) as bx,
+        T.launch_thread("blockIdx.x", blocks) as bx,
         T.launch_thread("blockIdx.y", -(-problem.n // (of_group * s.warpgroups))) as by,
         T.launch_thread("threadIdx.x", 32) as lane,
         T.launch_thread("threadIdx.y", _WARPS * s.warpgroups * s.slices) as in_block,
@@ -69,29 +95,28 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
         first = T.bind((by * s.warpgroups + warp // _WARPS) * of_group + warp % _WARPS * outputs)
         first_x, thread = T.bind(bx * across), T.bind(warp * 32 + lane)
         firsts = [first + i * (outputs * _WARPS) for i in range(s.tiles)]
-        weights = TileWeights(args, firsts, place, t)
+        shared = T.alloc_buffer((s.shared_bytes // 2,), "float16", scope="shared.dyn")
+        weights = TileWeights(args, firsts, place, t, first=part, step=s.slices)
         total = local(sums, "float32")
         operands = [local(s.tiles * 8, "uint32") for _ in range(2)]
-        staging = _Staging(args, s, first_x, thread, part)
+        stages = _Stages(s, arranged, shared, bx, problem.k, part)
         for i in range(sums):
             T.buffer_store(total, tirx.const(0, "float32"), [i])
         launch_dependents()
-        weights.fetch(part, early=True)
-        wait_for_grids(args, loops=groups)
-        for number in range(s.copies):
-            staging.begin(number, part + min(number // 2, groups - 1) * s.slices, number % 2)  # a group has two
-        call(f"awq_cp_async_wait_{s.copies - 1}")
+        weights.begin(groups, early=True)
+        with T.If(in_block * 32 + lane == 0), T.Then():
+            stages.init()
+        barrier()
+        wait_for_grids(args, x=arranged, loops=groups)
+        with T.If(thread == 0), T.Then():
+            for number in range(min(s.stages, 2 * groups)):
+                stages.load(number)
         together = barrier if s.slices == 1 else partial(call, f"awq_barrier_of<{of_slice}>", part)
-        together()
-        staging.arrange(0)
         with T.serial(0, groups) as turn:
-            weights.advance((turn + 1) * s.slices + part)
+            weights.advance(turn)
             for half in range(2):
-                number = turn * 2 + half
-                call(f"awq_cp_async_wait_{s.copies - 2}")
-                together()
-                ahead = T.min(turn + (half + s.copies) // 2, groups - 1)  # past the end it is read again and not used
-                staging.begin(number + s.copies, ahead * s.slices + part, (half + s.copies) % 2)
+                number = T.bind(turn * 2 + half)
+                stages.wait(number)
                 for w in range(2):
                     call("awq_wgmma_wait_1")  # products with these operands have ended
                     weights.decode(half * 2 + w, operands[w], scaled=True)
@@ -101,72 +126,63 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
                             f"awq_wgmma_m64n{across}k16_f16f32",
                             pointer(total, i * s.columns * 4),
                             pointer(operands[w], i * 8 + step * 4),
-                            staging.slot(number),
+                            stages.slot(number),
                             w * 2 + step,
                         )
                     call("awq_wgmma_commit")
-                staging.arrange(number + 1)
-        call("awq_cp_async_wait_0")
+                together()  # products with the stage before this one have ended in every warp
+                following = number + (s.stages - 1)
+                with T.If(tirx.all(thread == 0, number > 0, following < 2 * groups)), T.Then():
+                    stages.load(following)
         call(f"awq_wgmma_end<{sums}>", pointer(total, 0))
         for other in range(1, s.slices):
             # Sums of a thread lie a block's width apart, so that a warp's are side by side.
             if other == 1:
                 barrier()  # no stage is read any more
                 with T.If(part > 0), T.Then():
-                    call(f"awq_leave_sums<{sums}, {of_slice}>", staging.sums(part - 1), pointer(total, 0), thread)
+                    call(f"awq_leave_sums<{sums}, {of_slice}>", stages.sums(part - 1), pointer(total, 0), thread)
                 barrier()
-            call(f"awq_add_sums<{sums}, {of_slice}>", pointer(total, 0), staging.sums(other - 1), thread)
+            call(f"awq_add_sums<{sums}, {of_slice}>", pointer(total, 0), stages.sums(other - 1), thread)
         whole = problem.n % (of_group * s.warpgroups) == 0
         with branch(part == 0, always=s.slices == 1):
             store_sums(args, total, s.columns, first_x, [(n, whole) for n in firsts], place, t)
 
 
-class _Staging:
-    """A thread's part of bringing its slice's x to shared memory, and of arranging it there."""
+class _Stages:
+    """A ring of stages in shared memory for each slice, and at its end their barriers."""
 
-    def __init__(self, args: LinearArgs, s: WarpgroupSchedule, first_x: Expr, thread: Expr, part: Expr) -> None:
-        self._args, self._s = args, s
-        self._size, of_slice = s.columns * COLUMNS * _STAGE, s.threads // s.slices
-        self._of_sums = s.tiles * s.columns * 4 * of_slice * 2  # in elements of float16
-        self._staged = T.alloc_buffer((s.slices * (3 + s.copies) * self._size,), "float16", scope="shared.dyn")
-        self._first = T.bind(part * 3 * self._size)
-        self._first_copy = T.bind((s.slices * 3 + part * s.copies) * self._size)
-        self._pieces = []  # (row of x, its piece's offset along K, place in a copied stage)
-        for i in range(s.columns * COLUMNS * _PIECES // of_slice):
-            index = thread + i * of_slice
-            row, piece = T.bind(index // _PIECES), T.bind(index % _PIECES)
-            at = piece // 2 * 32 + piece % 2 * _PER_PIECE  # of a lane, of a word
-            place = T.bind(row * _STAGE + (piece ^ (row % 4 * 2)) * _PER_PIECE)
-            self._pieces.append((T.bind(T.min(first_x + row, args.m32 - 1)), T.bind(at), place))
-        self._rows = []  # (row in the block, which of a stage's two words)
-        for i in range(s.columns * COLUMNS * 2 // of_slice):
-            index = thread + i * of_slice
-            self._rows.append((T.bind(index // 2), T.bind(index % 2)))
+    def __init__(self, s: WarpgroupSchedule, arranged: Buffer, shared: Buffer, block: Expr, k: int, part: Expr) -> None:
+        self._s, self._arranged, self._shared, self._part = s, arranged, shared, part
+        self._size = s.of_stage // 2  # in elements
+        self._first = block * (k // _STAGE)  # stage of the block's rows of x
+
+    def init(self) -> None:
+        """Readies all barriers, by one thread of the block."""
+        count = self._s.slices * self._s.stages
+        call(f"awq_stages_init<{count}>", pointer(self._shared, self._s.shared_bytes // 2 - count * 4))
+
+    def load(self, number: Expr) -> None:
+        """Starts to copy a stage to its place, by one thread of the slice."""
+        group = number // 2 * self._s.slices + self._part
+        at = (self._first + group * 2 + number % 2) * self._size
+        source = self._arranged.access_ptr("r", offset=at)
+        call(f"awq_stage_load<{self._s.of_stage}>", self._barrier(number), self.slot(number), source)
+
+    def wait(self, number: Expr) -> None:
+        """Until a stage has come."""
+        call("awq_stage_wait", self._barrier(number), number // self._s.stages % 2)
 
     def slot(self, number: Expr) -> Expr:
-        """Where a stage begins."""
-        return pointer(self._staged, self._first + number % 3 * self._size)
+        """Where a stage lies."""
+        return pointer(self._shared, self._ring(number) * self._size)
 
     def sums(self, part: Expr) -> Expr:
         """Where a slice's sums lie."""
-        return pointer(self._staged, part * self._of_sums)
+        return pointer(self._shared, part * (self._s.of_sums // 2))
 
-    def begin(self, number: Expr, group: Expr, half: int) -> None:
-        """Starts to copy half a group of x as stage `number`."""
-        copy = self._copy(number)
-        for x_row, at, place in self._pieces:
-            k = group * GROUP + half * 2 * _PER_PIECE + at
-            source = self._args.x.access_ptr("r", offset=x_row * self._args.problem.k + k)
-            call("awq_cp_async_16", pointer(self._staged, copy + place), source)
-        call("awq_cp_async_commit")
+    def _ring(self, number: Expr) -> Expr:
+        return self._part * self._s.stages + number % self._s.stages
 
-    def arrange(self, number: Expr) -> None:
-        """Writes a stage that was copied as `wgmma` reads it."""
-        slot, copy = T.bind(self._first + number % 3 * self._size), self._copy(number)
-        for row, word in self._rows:
-            ends = (pointer(self._staged, first + row * _STAGE) for first in (slot, copy))
-            call("awq_arrange_f16", *ends, word, row % 8)
-        call("awq_fence_async")
-
-    def _copy(self, number: Expr) -> Expr:
-        return T.bind(self._first_copy + number % self._s.copies * self._size)
+    def _barrier(self, number: Expr) -> Expr:
+        first = self._s.shared_bytes // 2 - self._s.slices * self._s.stages * 4
+        return pointer(self._shared, first + self._ring(number) * 4)

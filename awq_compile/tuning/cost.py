@@ -197,19 +197,19 @@ def _matrix_gemv(p: MatmulProblem, rows: int, s: MatrixGemvSchedule, roof: Roof)
 
 def _staged_matrix(p: MatmulProblem, rows: int, s: StagedMatrixSchedule | WarpgroupSchedule, roof: Roof) -> float:
     wide = isinstance(s, WarpgroupSchedule)
-    slices, stages = (s.slices, 3) if isinstance(s, WarpgroupSchedule) else (1, s.stages)
+    slices = s.slices if isinstance(s, WarpgroupSchedule) else 1
     warps = s.threads // 32 // slices
     outputs = (8 if p.epilogue.activation == "silu_mul" else 16) * s.tiles * warps
     blocks = math.ceil(p.n / outputs) * math.ceil(rows / (8 * s.columns))
     occupancy, waves = _parallel(blocks, s.threads, registers_of(p, s) + _ADDRESSES, s.shared_bytes, roof)
     # mma.sync reaches two thirds of what wgmma does.
     products = blocks * 16 * s.tiles * warps * 8 * s.columns * p.k * (1.0 if wide else 1.5)
-    # Thirteen instructions decode and scale a word of eight weights; pairs of x are shared by tiles, or by all warps.
-    pairs = s.columns * 8 * (0.2 if wide else 0.8 * warps)
+    # Thirteen instructions decode and scale a word of eight weights; pairs of x are shared by tiles, or made once.
+    pairs = 0 if wide else s.columns * 8 * 0.8 * warps
     others = blocks * p.k * (s.tiles * 16 * warps * 1.7 + pairs)
     compute = 2 * products / (roof.matrix_flops_per_second or roof.flops_per_second)
     compute += others / (roof.flops_per_second / 2)
-    barriers = p.k / 64 / slices * _BARRIER_SECONDS * math.ceil(blocks / roof.units) / stages
+    barriers = p.k / 64 / slices * _BARRIER_SECONDS * math.ceil(blocks / roof.units) / s.stages
     traffic = blocks * p.k * (s.columns * 16 + warps * s.tiles * 8)
     memory = traffic / (4 * roof.bytes_per_second)
     return max(compute / min(1.0, 8 * occupancy), memory) / waves + barriers

@@ -31,7 +31,7 @@ def rows_of(bucket: str, schedules: LinearSchedule) -> int:
     """M at which a bucket is measured: more of them for `gemm` where it gets only many."""
     if bucket == "gemm" and schedules.medium is not None:
         return 1024
-    return {"gemv": 1, "small": 4, "medium": 16, "large": 64, "wide": 256, "gemm": 128}[bucket]
+    return {"gemv": 1, "small": 4, "medium": 16, "broad": 32, "large": 64, "wide": 256, "gemm": 128}[bucket]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
     LANES,
+    WGMMA_COLUMNS,
     ColumnGemvSchedule,
     GemmSchedule,
     GemvSchedule,
@@ -38,7 +39,7 @@ _SMALL_BATCHES: Final = (1, 2, 4, 8)
 _CACHED_BYTES: Final = 512 << 10
 # NVIDIA CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 9.0: of a block that opts in.
 _HOPPER_SHARED_BYTES: Final = 227 << 10
-_HOPPER_REGISTERS: Final = 64 << 10
+_REGISTERS: Final = 64 << 10  # of a multiprocessor, of compute capability 7.5 to 12.0
 _BLOCK_THREADS: Final = 32  # fewer leave lanes of every GPU's smallest wave idle
 
 
@@ -123,17 +124,22 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
         }
     if isinstance(rule, MatrixGemvSchedule):
         many = bucket not in ("gemv", "small")
-        columns = (1, 2, 4) if many else (1,)
-        return {"warps": (1, 2, 4, 8, 16, 32), "tiles": (1, 2, 4), "columns": columns, "stages": (1, 2, 3, 4)}
+        return {
+            "warps": (1, 2, 4, 8, 16, 32),
+            "tiles": (1, 2, 4),
+            "columns": (1, 2, 4) if many else (1,),
+            "stages": (1, 2, 3, 4),
+            "resident": (0, 1, 2, 4, 8),
+        }
     if isinstance(rule, StagedMatrixSchedule):
         return {"warps": (2, 4, 8), "tiles": (1, 2, 4), "columns": (4, 8, 16), "stages": (2, 3, 4)}
     if isinstance(rule, WarpgroupSchedule):
         return {
             "warpgroups": (1, 2, 4),
             "tiles": (1, 2),
-            "columns": (8, 16, 32),
-            "slices": (1, 2, 4),
-            "copies": (2, 3, 4),
+            "columns": WGMMA_COLUMNS,
+            "slices": (1, 2, 4, 8),
+            "stages": (3, 4, 5, 6),
         }
     if isinstance(rule, MatrixGemmSchedule):
         return {
@@ -264,8 +270,10 @@ def _why_not_matrix(
         if s.warps > problem.k // 128:
             return f"{s.warps} warps for {problem.k // 128} groups"
     shared, registers = limits.shared_bytes, limits.registers
+    if isinstance(s, MatrixGemvSchedule) and s.resident:
+        registers = min(registers, _REGISTERS // (s.threads * s.resident))
     if isinstance(s, WarpgroupSchedule):
-        shared, registers = _HOPPER_SHARED_BYTES, min(registers, _HOPPER_REGISTERS // s.threads)
+        shared, registers = _HOPPER_SHARED_BYTES, min(registers, _REGISTERS // s.threads)
     return (
         _over(s.threads, limits.max_threads, "threads in a block", name)
         or _over(s.shared_bytes, shared, "bytes of shared memory", name)
@@ -293,8 +301,8 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
         return s.tiles * (8 * s.columns + 16 + 8) + 16
     if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
         return s.tiles * (4 * s.columns + 16 + 8) + 24
-    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands, x
-        return s.tiles * (4 * s.columns + 16 + 16) + s.columns * 16 * s.slices // s.threads * 16 + 16
+    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands
+        return s.tiles * (4 * s.columns + 16 + 16) + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)
     if isinstance(s, SimtGemmSchedule):

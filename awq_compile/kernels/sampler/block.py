@@ -58,11 +58,6 @@ class Cell:
         self._register[0] = tirx.const(value, self._dtype) if isinstance(value, int | float) else value
 
 
-def workspace(name: str, shape: tuple[Expr, ...], dtype: str) -> Buffer:
-    """Memory of the device from one kernel of a function to the next."""
-    return IRBuilder.name(name, T.alloc_buffer(shape, dtype))
-
-
 def shared_array(count: int, dtype: str) -> Buffer:
     """Memory that the threads of a block share."""
     return T.alloc_buffer((count,), dtype, scope="shared")

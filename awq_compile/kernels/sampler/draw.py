@@ -30,9 +30,8 @@ from awq_compile.kernels.sampler.block import (
     shared_array,
     sum_over_block,
     tiles_of,
-    workspace,
 )
-from awq_compile.kernels.simt import barrier
+from awq_compile.kernels.simt import barrier, workspace
 
 Expr = Any
 Buffer = Any

@@ -25,9 +25,8 @@ from awq_compile.kernels.sampler.block import (
     function,
     shared_array,
     tiles_of,
-    workspace,
 )
-from awq_compile.kernels.simt import Registers, barrier
+from awq_compile.kernels.simt import Registers, barrier, workspace
 
 Expr = Any
 Buffer = Any

@@ -97,6 +97,8 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
         WarpgroupSchedule(1, 1, 8, 2),
         WarpgroupSchedule(1, 1, 8, 4),
         WarpgroupSchedule(2, 1, 32),
+        WarpgroupSchedule(1, 2, 2, 2, 3),
+        WarpgroupSchedule(1, 1, 4, 1, 2),
     ],
     ids=lambda s: f"{type(s).__name__}-{s.tiles}-{s.columns}-{getattr(s, 'slices', 1)}",
 )

@@ -29,11 +29,12 @@ from awq_compile.targets.vulkan.blob import (
 PROBLEM = MatmulProblem(40, 512, QuantSpec(4, 128, False), Epilogue(bias=True, residual=True), "float16")
 KERNELS = (
     ("gemv", MatrixGemvSchedule(2)),
+    ("gemv", MatrixGemvSchedule(1, 2, 1, 3, 4)),
     ("small", MatrixGemvSchedule(3, 2, 1, 2)),
     ("medium", MatrixGemvSchedule(2, 2, 2, 3)),
     ("gemm", StagedMatrixSchedule(2, 1, 4)),
     ("wide", WarpgroupSchedule(1, 2, 8, 2)),
-    ("gemm", WarpgroupSchedule(2, 2, 16, copies=4)),
+    ("gemm", WarpgroupSchedule(2, 2, 16, stages=4)),
 )
 KERNEL = re.compile(r"__global__ [^;{}]*\(([^;{}()]*)\) \{$(.*?)^\}", re.MULTILINE | re.DOTALL)
 WAIT = re.compile(r"^  awq_grid_wait\(.*\n", re.MULTILINE)
@@ -48,14 +49,17 @@ def cuda_source(bucket: str, schedule: Any) -> str:
         return str(tvm.tirx.build(tvm.IRModule({"linear": function}), target=target).imports[0].inspect_source("cuda"))
 
 
-def too_early(source: str) -> list[str]:
-    """Buffers that the kernel uses before it waits, without those of W: they are parameters."""
-    ((parameters, body),) = KERNEL.findall(source)
-    buffers = set(re.findall(r"\w+_ptr\b", parameters))
-    assert {"x_ptr", "y_ptr", "residual_ptr"} <= buffers
-    before = set(re.findall(r"\w+", WAIT.split(body)[0]))
-    assert "return" not in before
-    return sorted(name for name in buffers & before if not name.startswith("q_"))
+def too_early(source: str) -> list[list[str]]:
+    """Of each kernel the buffers that it uses before it waits, without those of W: they are parameters."""
+    kernels = KERNEL.findall(source)
+    buffers = [set(re.findall(r"\w+_ptr\b", parameters)) for parameters, _ in kernels]
+    assert {"x_ptr", "y_ptr", "residual_ptr"} <= set().union(*buffers)
+    found = []
+    for mine, (_, body) in zip(buffers, kernels, strict=True):
+        before = set(re.findall(r"\w+", WAIT.split(body)[0]))
+        assert "return" not in before
+        found.append(sorted(name for name in mine & before if not name.startswith("q_")))
+    return found
 
 
 @pytest.mark.parametrize(("bucket", "schedule"), KERNELS, ids=str)
@@ -71,12 +75,17 @@ def test_what_a_kernel_calls_is_there(bucket: str, schedule: Any) -> None:
 def test_nothing_that_earlier_kernels_write_is_touched_before_the_wait(bucket: str, schedule: Any) -> None:
     """Nor does a thread leave before it. A wait that comes too late, or not to all threads, is seen."""
     source = cuda_source(bucket, schedule)
-    assert waiting_kernels(source) == {"linear_kernel"}
-    assert too_early(source) == []
-    ((wait,), end) = WAIT.findall(source), source.rindex("\n}")
-    late = source[:end].replace(wait, "") + "\n" + wait.rstrip() + source[end:]
-    assert too_early(late) == ["bias_ptr", "residual_ptr", "x_ptr", "y_ptr"]
-    assert not waiting_kernels(source.replace(wait, f"  if (threadIdx.x == 0) {{\n  {wait}  }}\n"))
+    count = 2 if isinstance(schedule, WarpgroupSchedule) else 1  # x is arranged first
+    assert waiting_kernels(source) == set(["linear_kernel", "linear_kernel_1"][:count])
+    assert too_early(source) == [[]] * count
+    waits, end = WAIT.findall(source), source.rindex("\n}")
+    assert len(waits) == count
+    late = source[:end].replace(waits[-1], "") + "\n" + waits[-1].rstrip() + source[end:]
+    read = "x_ptr" if count == 1 else "arranged_ptr"
+    assert sorted(too_early(late)[-1]) == sorted(["bias_ptr", "residual_ptr", read, "y_ptr"])
+    for wait in waits:
+        branched = source.replace(wait, f"  if (threadIdx.x == 0) {{\n  {wait}  }}\n")
+        assert len(waiting_kernels(branched)) == count - 1
 
 
 @pytest.mark.parametrize(("archs", "early"), [("sm_90", True), ("sm_100+sm_120", True), ("sm_80+sm_90", False)])

@@ -52,7 +52,7 @@ def buckets_of(*targets: str) -> list[tuple[str, str]]:
 
 def test_kernels_of_buckets() -> None:
     """Every target has those of one, few and many rows; where W is decoded in registers, of those between as well."""
-    for between in ("medium", "large", "wide"):
+    for between in ("medium", "broad", "large", "wide"):
         assert {t for t, bucket in buckets_of(*NAMES) if bucket == between} == {"cuda:sm_80", "cuda:sm_90"}
     assert set(buckets_of(*NAMES)) >= {(t, b) for t in NAMES for b in ("gemv", "small", "gemm")}
     with pytest.raises(CompileError, match="medium has no kernel of its own"):

@@ -70,17 +70,59 @@ static inline void awq_scale_f16(uint32_t* d, const void* scale) {
 }
 
 // ---- programmatic dependent launch: here a grid ends before the next one starts ----
+template <int>
+static inline void awq_resident() {}
 static inline void awq_grid_launch_dependents() {}
 static inline void awq_grid_wait(const void*, const void*, const void* = nullptr) {}
 
 // ---- wgmma: the products are there at once; a warp's 16 rows need nothing of the others ----
-static inline void awq_arrange_f16(void* row, const void* copied, int word, int number) {
-  const half* from = (const half*)copied;
+static inline void awq_arrange_f16(void* row, const void* x, int word, int number) {
+  if (((uintptr_t)row | (uintptr_t)x) % 16) __builtin_trap();
+  const half* from = (const half*)x;
   half* to = (half*)row;
   for (int i = 0; i < 4; ++i)
     for (int t = 0; t < 4; ++t)
-      for (int j = 0; j < 2; ++j)
-        to[((word * 4 + i) ^ number) * 8 + t * 2 + j] = from[((t * 2 + word) ^ (number % 4 * 2)) * 8 + i + j * 4];
+      for (int j = 0; j < 2; ++j) to[((word * 4 + i) ^ number) * 8 + t * 2 + j] = from[t * 32 + i + j * 4];
+}
+// A load arrives when a thread waits for it. Until the one that starts it has come there, the others run.
+struct awq_bulk {
+  void* to;
+  const void* from;
+};
+static awq_bulk awq_bulk_loads[AWQ_SHARED_LIMIT / 8];
+struct awq_stage_barrier {  // 8 bytes, as in PTX
+  uint16_t phase, bulk, pending, poison;
+};
+static_assert(sizeof(awq_stage_barrier) == 8);
+static inline awq_stage_barrier* awq_barrier_at(const void* at) {
+  if ((uintptr_t)at % 8 || (const char*)at < awq_shared_start || (const char*)at + 8 > awq_shared_end) __builtin_trap();
+  return (awq_stage_barrier*)at;
+}
+template <int Count>
+static inline void awq_stages_init(void* barriers) {
+  for (int i = 0; i < Count; ++i) {
+    awq_stage_barrier* b = awq_barrier_at((char*)barriers + 8 * i);
+    *b = {0, (uint16_t)(((char*)b - awq_shared_start) / 8), 0, 0x5A5A};
+  }
+}
+template <int Bytes>
+static inline void awq_stage_load(void* barrier, void* stage, const void* from) {
+  awq_stage_barrier* b = awq_barrier_at(barrier);
+  if (b->poison != 0x5A5A || b->pending || ((uintptr_t)stage | (uintptr_t)from | Bytes) % 16) __builtin_trap();
+  awq_bulk_loads[b->bulk] = {stage, from};
+  b->pending = Bytes / 16;
+}
+static inline void awq_stage_wait(const void* barrier, int parity) {
+  awq_stage_barrier* b = awq_barrier_at(barrier);
+  while (b->phase == parity) {
+    if (b->poison != 0x5A5A) __builtin_trap();
+    if (!b->pending) {
+      awq_pause(AWQ_READY, 0);
+      continue;
+    }
+    memcpy(awq_bulk_loads[b->bulk].to, awq_bulk_loads[b->bulk].from, b->pending * 16);
+    b->pending = 0, b->phase ^= 1;
+  }
 }
 // The whole block meets: slices pass as many barriers.
 template <int Threads>
@@ -95,7 +137,6 @@ template <int Count, int Threads>
 static inline void awq_add_sums(float* d, const void* from, int thread) {
   for (int i = 0; i < Count; ++i) d[i] += ((const float*)from)[i * Threads + thread];
 }
-static inline void awq_fence_async() {}
 static inline void awq_wgmma_commit() {}
 static inline void awq_wgmma_wait_1() {}
 template <int Count>
@@ -123,6 +164,8 @@ static inline void awq_wgmma(int line, float* d, const uint32_t* a_registers, co
     }
   }
 }
+#define awq_wgmma_m64n16k16_f16f32(d, a, stage, step) awq_wgmma<16>(__LINE__, d, a, stage, step)
+#define awq_wgmma_m64n32k16_f16f32(d, a, stage, step) awq_wgmma<32>(__LINE__, d, a, stage, step)
 #define awq_wgmma_m64n64k16_f16f32(d, a, stage, step) awq_wgmma<64>(__LINE__, d, a, stage, step)
 #define awq_wgmma_m64n128k16_f16f32(d, a, stage, step) awq_wgmma<128>(__LINE__, d, a, stage, step)
 #define awq_wgmma_m64n256k16_f16f32(d, a, stage, step) awq_wgmma<256>(__LINE__, d, a, stage, step)
