@@ -370,6 +370,11 @@ class LinearSchedule:
         found = {bucket: getattr(self, bucket) for bucket in ROW_BUCKETS}
         return {bucket: schedule for bucket, schedule in found.items() if schedule is not None}
 
+    @property
+    def arranged_rows(self) -> int:
+        """The most rows of x that a block takes of those arranged ahead, 0 where no kernel has them arranged."""
+        return max((s.columns * 8 for s in self.by_bucket.values() if isinstance(s, WarpgroupSchedule)), default=0)
+
     def of(self, bucket: str) -> FewRows | ManyRows:
         """The schedule of a bucket. Raises `CompileError` where it has none of its own."""
         if (found := self.by_bucket.get(bucket)) is None:

@@ -5,18 +5,24 @@ on the rows M to a GEMV, a small-batch and a GEMM kernel, each with its own sche
 
     if m == 1: …    elif m <= 8: …    else: …
 
+Where one of them has x arranged first, the function takes the memory for it as a second result, so that Relax plans it:
+
+    y = R.call_tir(qmatmul, (x, …), [R.Tensor((m, n)), R.Tensor((m + 255, k))])[0]
+
 `choose` gives the schedules of a problem and says where each came from; `CompileReport` shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import relax
+
 from awq_compile.kernels.build import scheduled_linear
 from awq_compile.kernels.linear import TAG
-from awq_compile.passes.base import RelaxPass, copy
+from awq_compile.passes.base import RelaxPass, add_prim_func, block_like, called_op, copy, relax_functions, with_blocks
 from awq_compile.problem import MatmulProblem, decode_problem
 from awq_compile.schedules import LinearSchedule
 
@@ -29,9 +35,36 @@ class ApplySchedules(RelaxPass):
 
     def run(self, module: Any) -> Any:
         """See the module docstring."""
-        result = copy(module)
+        result, changed = copy(module), {}
         for var, function in module.functions.items():
             if function.attrs and TAG in function.attrs:
                 problem = decode_problem(str(function.attrs[TAG]))
-                result[var] = scheduled_linear(problem, self.choose(problem))
+                schedule = self.choose(problem)
+                new = scheduled_linear(problem, schedule, planned=True)
+                if not schedule.arranged_rows:
+                    result[var] = new
+                    continue
+                del result[var]  # its type is another now
+                changed[var] = add_prim_func(result, new, str(var.name_hint)), schedule.arranged_rows
+        for var, function in relax_functions(module) if changed else ():
+            blocks = [
+                block_like(block, [new for binding in block.bindings for new in _binding(binding, changed)])
+                for block in function.body.blocks
+            ]
+            result[var] = with_blocks(function, blocks)
         return result
+
+
+def _binding(binding: Any, changed: Mapping[Any, tuple[Any, int]]) -> list[Any]:
+    """With a second result where the callee takes one."""
+    value = binding.value
+    if called_op(value) != "relax.call_tir" or value.args[0] not in changed:
+        return [binding]
+    (callee, rows), arguments = changed[value.args[0]], list(value.args[1].fields)
+    m, k = arguments[0].ty.shape
+    results = [value.ty_args[0], relax.TensorType((m + (rows - 1), k), arguments[0].ty.dtype)]
+    both = relax.DataflowVar("both", relax.TupleType(results))
+    return [
+        relax.VarBinding(both, relax.call_tir(callee, arguments, results)),
+        relax.VarBinding(binding.var, relax.TupleGetItem(both, 0)),
+    ]

@@ -35,10 +35,14 @@ from awq_compile.schedules import (
 )
 
 
-def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule) -> Any:
-    """The quantised linear: one function, a kernel for each bucket of rows, by the template of its schedule."""
+def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule, *, planned: bool = False) -> Any:
+    """The quantised linear: one function, a kernel for each bucket of rows, by the template of its schedule.
+
+    `planned`: where x is arranged first, that memory is an argument, else a workspace of the runtime's.
+    """
     check_order(problem, *schedule.by_bucket.values())
-    with linear_function(problem, {"tirx.is_scheduled": True}) as (builder, args):
+    arranged_rows = schedule.arranged_rows if planned else 0
+    with linear_function(problem, {"tirx.is_scheduled": True}, arranged_rows=arranged_rows) as (builder, args):
         _by_rows(args, list(schedule.by_bucket.items()))
     return builder.get()
 

@@ -3,7 +3,8 @@
     y[m, n] = epilogue(sum_k x[m, k] * W[n, k])        x (M, K), W (N, K), y (M, N), M dynamic
 
 Arguments in order: x, the arrays of W (`WeightSpec.arrays`), the bias (N) float16 and the residual (M, N)
-where the epilogue has them, then y.
+where the epilogue has them, then y. Where a kernel arranges x first, `arranged` may be the last: memory
+that Relax plans, as a second result.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class LinearArgs:
     bias: Buffer | None
     residual: Buffer | None
     y: Buffer
+    arranged: Buffer | None = None
 
     @property
     def m32(self) -> Expr:
@@ -84,8 +86,13 @@ class LinearArgs:
 
 
 @contextmanager
-def linear_function(problem: MatmulProblem, attrs: dict[str, Any]) -> Iterator[tuple[IRBuilder, LinearArgs]]:
-    """Opens a PrimFunc with the arguments of `problem`; `builder.get()` is the function, after the block."""
+def linear_function(
+    problem: MatmulProblem, attrs: dict[str, Any], *, arranged_rows: int = 0
+) -> Iterator[tuple[IRBuilder, LinearArgs]]:
+    """Opens a PrimFunc with the arguments of `problem`; `builder.get()` is the function, after the block.
+
+    With `arranged_rows`, `arranged` is one of them, for x in blocks of that many rows at most.
+    """
     with IRBuilder() as builder, T.prim_func():
         T.func_name(problem.name)
         T.func_attr({"tirx.noalias": True, TAG: encode_problem(problem), **attrs})
@@ -97,11 +104,12 @@ def linear_function(problem: MatmulProblem, attrs: dict[str, Any]) -> Iterator[t
         bias = T.arg("bias", T.buffer((n,), "float16")) if problem.epilogue.bias else None
         residual = T.arg("residual", T.buffer((m, n), dtype)) if problem.epilogue.residual else None
         y = T.arg("y", T.buffer((m, n), problem.out_dtype))
+        arranged = T.arg("arranged", T.buffer((m + (arranged_rows - 1), k), dtype)) if arranged_rows else None
         flat = {
             name: T.decl_buffer((rows * columns,), kind, data=weight[name].data)
             for name, ((rows, columns), kind) in arrays.items()
         }
-        yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y)
+        yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y, arranged)
 
 
 def reference_linear(problem: MatmulProblem, rows_of_x: int | None = None) -> Any:

@@ -56,7 +56,9 @@ def emit_wgmma_gemm(args: LinearArgs, schedule: WarpgroupSchedule) -> None:
         raise CompileError(f"{args.problem.name}: {schedule.slices} slices do not share {groups} groups evenly")
     across = COLUMNS * schedule.columns
     blocks = T.bind((args.m32 + (across - 1)) // across)
-    arranged = workspace("arranged", (tirx.Cast("int64", blocks) * (across * args.problem.k),), "float16")
+    arranged = args.arranged
+    if arranged is None:
+        arranged = workspace("arranged", (tirx.Cast("int64", blocks) * (across * args.problem.k),), "float16")
     _arrange(args, arranged, blocks, across)
     _multiply(args, schedule, arranged, blocks)
 

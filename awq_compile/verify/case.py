@@ -30,11 +30,15 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """`arguments` in the PrimFunc's order; `expected` by argument number. All other arrays must stay as they were."""
+    """`arguments` in the PrimFunc's order; `expected` by argument number.
+
+    All other arrays must stay as they were, but for those numbered in `scratch`.
+    """
 
     label: str
     arguments: Sequence[Argument]
     expected: Mapping[int, Expected]
+    scratch: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def judge(case: Case, after: Sequence[Argument]) -> Outcome:
     """Compares the arguments after the call with what the case expects."""
     worst = Outcome(0.0, 0.0)
     for number, (before, now) in enumerate(zip(case.arguments, after, strict=True)):
-        if not isinstance(now, np.ndarray):
+        if not isinstance(now, np.ndarray) or number in case.scratch:
             continue
         if number not in case.expected:
             if not same_bytes(now, np.asarray(before)):
@@ -82,7 +86,7 @@ def call_arguments(
             around = [poisoned((n,), str(argument.dtype)) for n in (before, behind)]
             base = np.concatenate([around[0], argument.reshape(-1), around[1]])
             found.append(View(base, before, argument.shape))
-        elif kept is not None and number not in case.expected:
+        elif kept is not None and number not in case.expected and number not in case.scratch:
             if id(argument) not in kept:
                 kept[id(argument)] = argument, argument.copy()
             found.append(kept[id(argument)][1])

@@ -139,7 +139,7 @@ def _role(name: str, fact: Fact, references: Mapping[str, Reference], config: Mo
     match fact["kind"]:
         case "linear":
             problem = decode_problem(fact["problem"])
-            return Role("linear", "float64", lambda table, rng: linear_cases(problem, _rows_of(table), rng))
+            return Role("linear", "float64", lambda table, rng: linear_cases(problem, _rows_of(table), rng, table))
         case "embedding":
             spec = _spec(fact["spec"])
             vocab, hidden = config.vocab_size, config.hidden_size

@@ -10,6 +10,8 @@ import numpy as np
 from awq_compile.formats import WeightSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.verify.case import Case, Expected, ints, poisoned
+from awq_compile.verify.expressions import evaluate
+from awq_compile.verify.launch_table import Table
 from awq_compile.verify.oracles.linear import (
     arrays_of,
     epilogue,
@@ -21,8 +23,13 @@ from awq_compile.verify.oracles.linear import (
 from awq_compile.verify.tolerance import stored, summed
 
 
-def linear_cases(problem: MatmulProblem, rows: Sequence[int], rng: np.random.Generator) -> Iterator[Case]:
-    """M of each of `rows`; fresh x, and one W for all, which is decoded once."""
+def linear_cases(
+    problem: MatmulProblem, rows: Sequence[int], rng: np.random.Generator, table: Table | None = None
+) -> Iterator[Case]:
+    """M of each of `rows`; fresh x, and one W for all, which is decoded once.
+
+    `table` is the function's: it may take memory for x as its kernels arrange it.
+    """
     matrix = random_matrix(problem.spec, problem.weight_rows, problem.k, rng)
     xs = [rng.standard_normal((m, problem.k)).astype(problem.dtype) for m in rows]
     for x, (acc, error) in zip(xs, products_of_all(problem, xs, matrix), strict=True):
@@ -32,7 +39,18 @@ def linear_cases(problem: MatmulProblem, rows: Sequence[int], rng: np.random.Gen
         expected, bound = epilogue(problem, acc, error, bias, residual)
         extra: list[Any] = [array for array in (bias, residual) if array is not None]
         arguments = [x, *arrays_of(matrix), *extra, poisoned((m, problem.n), problem.out_dtype)]
-        yield Case(f"M={m}", arguments, {len(arguments) - 1: Expected(expected, bound)})
+        y, scratch = len(arguments) - 1, frozenset[int]()
+        if table is not None and len(table["params"]) > len(arguments):
+            scratch = frozenset((len(arguments),))
+            arguments.append(_arranged(table, m))
+        yield Case(f"M={m}", arguments, {y: Expected(expected, bound)}, scratch)
+
+
+def _arranged(table: Table, m: int) -> Any:
+    """What the last parameter of a linear takes for M = m."""
+    (rows, _), last = table["params"][0]["shape"], table["params"][-1]
+    known = {rows[1]: m} if isinstance(rows, list) else {}
+    return poisoned(tuple(int(evaluate(size, known)) for size in last["shape"]), last["dtype"])
 
 
 def embedding_cases(
