@@ -48,22 +48,24 @@ class ApplySchedules(RelaxPass):
                 changed[var] = add_prim_func(result, new, str(var.name_hint)), schedule.arranged_rows
         for var, function in relax_functions(module) if changed else ():
             blocks = [
-                block_like(block, [new for binding in block.bindings for new in _binding(binding, changed)])
+                block_like(block, [new for binding in block.bindings for new in _binding(binding, changed, block)])
                 for block in function.body.blocks
             ]
             result[var] = with_blocks(function, blocks)
         return result
 
 
-def _binding(binding: Any, changed: Mapping[Any, tuple[Any, int]]) -> list[Any]:
+def _binding(binding: Any, changed: Mapping[Any, tuple[Any, int]], block: Any) -> list[Any]:
     """With a second result where the callee takes one."""
     value = binding.value
     if called_op(value) != "relax.call_tir" or value.args[0] not in changed:
         return [binding]
+    assert len(value.args) == 2, value
     (callee, rows), arguments = changed[value.args[0]], list(value.args[1].fields)
     m, k = arguments[0].ty.shape
     results = [value.ty_args[0], relax.TensorType((m + (rows - 1), k), arguments[0].ty.dtype)]
-    both = relax.DataflowVar("both", relax.TupleType(results))
+    variable = relax.DataflowVar if isinstance(block, relax.DataflowBlock) else relax.Var
+    both = variable("both", relax.TupleType(results))
     return [
         relax.VarBinding(both, relax.call_tir(callee, arguments, results)),
         relax.VarBinding(binding.var, relax.TupleGetItem(both, 0)),

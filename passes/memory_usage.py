@@ -23,7 +23,8 @@ def memory_usage(module: IRModule) -> dict[str, int]:
     """Bytes that each Relax function allocates when its sizes are at their upper bounds, results included.
 
     `module` has its storages planned and its tensors lowered to storages (`StaticPlanBlockMemory`,
-    `LowerAllocTensor`). What has no bound is left out: only a sampler's rows, which are few.
+    `LowerAllocTensor`). What has no bound is left out: only a sampler's rows, which are few. So are workspaces that a
+    PrimFunc takes from TVM's runtime: a sampler's.
     """
     usage = {}
     for var, function in relax_functions(module):

@@ -63,13 +63,12 @@ def _templates(arch: str) -> GpuTemplates:
     return GpuTemplates(32, 4, 2, 32, 4, gemm, ColumnGemvSchedule(32, 8, 1, unit=8), magic=True)
 
 
-_UNITS: Final = (
-    132  # multiprocessors of an H100 or H200: the rules below were measured on an H200, `docs/performance.md`
-)
+# Multiprocessors of an H100 and an H200. The rules below are by an H200, `docs/performance.md`.
+_UNITS: Final = 132
 
 
 def _filling(problem: MatmulProblem, warps: int, shapes: tuple[MatrixGemvSchedule, ...]) -> MatrixGemvSchedule:
-    """The first whose warps make at most so many on a multiprocessor, all held at once; else the last."""
+    """The first of which a multiprocessor gets at most so many warps; else the last."""
     groups = problem.k // 128
 
     def held(s: MatrixGemvSchedule) -> bool:
@@ -80,25 +79,25 @@ def _filling(problem: MatmulProblem, warps: int, shapes: tuple[MatrixGemvSchedul
 
 
 def _one(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """Short warps, and many of them."""
-    shapes = ((16, 1, 1, 1, 2), (8, 1, 1, 1, 1), (8, 2, 1, 1, 4), (4, 2))
+    """One row: 32 warps to a multiprocessor, few registers each."""
+    shapes = ((16, 1, 1, 1, 2), (8, 1, 1, 1, 1), (8, 2), (4, 2))
     return _filling(problem, 32, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
 
 def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """Where more than one of the eight rows counts, half as many warps, each with twice the registers."""
+    """2 to 8 rows: half as many warps, with twice the registers."""
     shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), (4, 4, 1, 2, 1))
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
 
 def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """The same with two columns."""
+    """9 to 16 rows, in two columns."""
     shapes = ((16, 2, 2), (8, 2, 2, 2), (4, 4, 2, 1, 1))
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
 
 def _broad(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """Two columns, taken twice."""
+    """17 to 32 rows: blocks of 16, so that W is read twice."""
     groups = problem.k // 128
     if problem.weight_rows < 12288:
         return MatrixGemvSchedule(min(groups, 8), 2, columns=2, stages=2 if groups >= 8 else 1)
@@ -106,7 +105,7 @@ def _broad(problem: MatmulProblem) -> MatrixGemvSchedule:
 
 
 def _large(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """The wider W is, the fewer warps share its groups, and the more rows of x each takes.
+    """33 to 64 rows. The wider W is, the fewer warps share its groups, and the more rows of x each takes.
 
     With zero points to keep, or groups that two warps share unevenly, four tiles by four columns take more registers
     than exist.
@@ -120,25 +119,29 @@ def _large(problem: MatmulProblem) -> MatrixGemvSchedule:
 
 
 def _wide(problem: MatmulProblem) -> StagedMatrixSchedule | None:
-    """Where W is narrow, few rows make few blocks: smaller ones."""
+    """65 to 256 rows: where W is narrow they make few blocks, so smaller ones."""
     return StagedMatrixSchedule(4, 2, 8, 3) if problem.weight_rows < 12288 else None
 
 
 def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
-    """By bucket. A block for each multiprocessor, which slices of K fill up with warps where there are few rows."""
+    """By bucket: about a block for each multiprocessor. The narrower W is, the more slices of K share its groups."""
     rows = problem.weight_rows
-    found = {"gemm": WarpgroupSchedule(2, 1, 32)}
-    if rows < 6144:
-        found |= {"large": WarpgroupSchedule(1, 1, 8, 4), "wide": WarpgroupSchedule(1, 1, 16, 4, 3)}
-    elif rows < 12288:
-        found |= {"broad": WarpgroupSchedule(1, 1, 4, 4, 6), "large": WarpgroupSchedule(1, 1, 8, 4)}
-        found |= {"wide": WarpgroupSchedule(1, 1, 16, 4, 3)}
+    if rows < 12288:
+        large, wide = (
+            WarpgroupSchedule(1, 1, columns=8, slices=4),
+            WarpgroupSchedule(1, 1, columns=16, slices=4, stages=3),
+        )
     elif rows < 24576:
-        found |= {"broad": WarpgroupSchedule(1, 2, 4, 4, 8), "large": WarpgroupSchedule(2, 1, 8, 2, 6)}
-        found |= {"wide": WarpgroupSchedule(2, 1, 16, 2)}
+        large, wide = (
+            WarpgroupSchedule(2, 1, columns=8, slices=2, stages=6),
+            WarpgroupSchedule(2, 1, columns=16, slices=2),
+        )
     else:
-        found |= {"broad": WarpgroupSchedule(1, 2, 4, 4, 8), "large": WarpgroupSchedule(4, 1, 8, 1, 8)}
-        found |= {"wide": WarpgroupSchedule(1, 2, 16, 1, 6)}
+        large, wide = WarpgroupSchedule(4, 1, columns=8, stages=8), WarpgroupSchedule(1, 2, columns=16, stages=6)
+    found = {"large": large, "wide": wide, "gemm": WarpgroupSchedule(2, 1, columns=32)}
+    if rows >= 6144:
+        tiles, stages = (1, 6) if rows < 12288 else (2, 8)
+        found["broad"] = WarpgroupSchedule(1, tiles, columns=4, slices=4, stages=stages)
     return {bucket: _sharing(s, problem.k // 128) for bucket, s in found.items()}
 
 
@@ -246,16 +249,22 @@ def with_device_functions(source: str, arch: str) -> str:
     source = with_resident_blocks(source)
     warpgroups = WARPGROUP_MARK in source
     if warpgroups:  # swizzled stages repeat every 1024 bytes
-        source = source.replace("__shared__ __align__(64)", "__shared__ __align__(1024)")
+        source, found = re.subn(r"(extern __shared__ (?:__align__|alignas))\(\d+\)", r"\1(1024)", source)
+        if not found:
+            raise CompileError("the CUDA source uses wgmma, and no dynamic shared memory is declared in it")
     return device_functions(_mma_k(arch), warpgroups=warpgroups) + source
 
 
 def with_resident_blocks(source: str) -> str:
     """What a kernel asks for by `awq_resident` becomes its launch bound."""
-    for name, blocks in re.findall(
-        r"^extern \"C\" __global__ void [^;{}]*?\b(\w+)\([^;{}()]*\) \{\n[^}]*?awq_resident<(\d+)>", source, re.M
-    ):
-        source = re.sub(rf"(__launch_bounds__\(\d+)(\) {name}\()", rf"\1, {blocks}\2", source)
+    kernel = r'^extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\([^;{}()]*\) \{$(.*?)^\}'
+    asked = 0
+    for name, body in re.findall(kernel, source, re.MULTILINE | re.DOTALL):
+        if (blocks := re.search(r"^  awq_resident<(\d+)>\(\);", body, re.MULTILINE)) is not None:
+            source = re.sub(rf"(__launch_bounds__\(\d+)(\) {name}\()", rf"\1, {blocks[1]}\2", source)
+            asked += 1
+    if asked != source.count("awq_resident<"):
+        raise CompileError("a kernel in the CUDA source asks for resident blocks and has no launch bound")
     return source
 
 

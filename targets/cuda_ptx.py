@@ -164,6 +164,9 @@ __device__ __forceinline__ void awq_stages_init(void* barriers) {
   }
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
 }
+__device__ __forceinline__ void awq_fence_loads() {  // bulk copies see what ordinary stores have written
+  asm volatile("fence.proxy.async.global;" : : : "memory");
+}
 template <int Bytes>
 __device__ __forceinline__ void awq_stage_load(void* barrier, void* stage, const void* from) {
   unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(barrier));

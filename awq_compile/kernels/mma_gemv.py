@@ -34,7 +34,8 @@ from awq_compile.schedules import MatrixGemvSchedule
 Expr = Any
 Buffer = Any
 
-_PEELED: Final = 8  # turns up to which one group read in vain would cost more than turns of their own
+# Up to so many turns, the last ones stand behind the loop, where no group is read that nobody uses.
+_PEELED: Final = 8
 
 
 def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int | None) -> None:
@@ -92,7 +93,7 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
 
 
 def _row_of_x(args: LinearArgs, max_rows: int | None, column: Expr) -> tuple[Expr, Expr | None]:
-    """The row of x that is a lane's column, and where it is read: one row alone is the first column."""
+    """The row of x that is a lane's column, and which lanes read it (None: all): one row is the first column."""
     if max_rows == 1:
         return 0, column == 0
     return T.bind(T.min(column, args.m32 - 1)), None
@@ -108,7 +109,7 @@ def _one_group(
     x_rows: list[tuple[Expr, Expr | None]],
     t: Expr,
 ) -> None:
-    """total += scale * (W - z) x over one group. `x_rows`: a row, and where it is read: else `x` stays."""
+    """total += scale * (W - z) x over one group. `x_rows`: a row, and who reads it; others keep `x`."""
     acc = local(s.tiles * s.columns * 4, "float32")
     a, b = local(s.tiles * 8, "uint32"), local(4, "uint32")
     for i in range(s.tiles * s.columns * 4):

@@ -35,7 +35,8 @@ class TileWeights:
 
     In turn i the current group is `first` + i `step`; past the last group stands that one. The words of those that
     follow wait in registers (`stages` 1), or in the places that each of the block's `threads` has in shared memory,
-    `stages` of them; a thread reads only what it wrote itself. Scales and zero points wait in registers, one turn's.
+    `stages` of them; a thread reads only what it wrote itself. Scales and zero points are read one turn ahead, into
+    registers.
     """
 
     def __init__(

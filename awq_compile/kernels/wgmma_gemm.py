@@ -111,6 +111,7 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
         barrier()
         wait_for_grids(args, x=arranged, loops=groups)
         with T.If(thread == 0), T.Then():
+            call("awq_fence_loads")
             for number in range(min(s.stages, 2 * groups)):
                 stages.load(number)
         together = barrier if s.slices == 1 else partial(call, f"awq_barrier_of<{of_slice}>", part)
@@ -128,7 +129,7 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
                             f"awq_wgmma_m64n{across}k16_f16f32",
                             pointer(total, i * s.columns * 4),
                             pointer(operands[w], i * 8 + step * 4),
-                            stages.slot(number),
+                            stages.place(number),
                             w * 2 + step,
                         )
                     call("awq_wgmma_commit")
@@ -168,13 +169,13 @@ class _Stages:
         group = number // 2 * self._s.slices + self._part
         at = (self._first + group * 2 + number % 2) * self._size
         source = self._arranged.access_ptr("r", offset=at)
-        call(f"awq_stage_load<{self._s.of_stage}>", self._barrier(number), self.slot(number), source)
+        call(f"awq_stage_load<{self._s.of_stage}>", self._barrier(number), self.place(number), source)
 
     def wait(self, number: Expr) -> None:
         """Until a stage has come."""
         call("awq_stage_wait", self._barrier(number), number // self._s.stages % 2)
 
-    def slot(self, number: Expr) -> Expr:
+    def place(self, number: Expr) -> Expr:
         """Where a stage lies."""
         return pointer(self._shared, self._ring(number) * self._size)
 

@@ -186,7 +186,10 @@ def _matrix_gemv(p: MatmulProblem, rows: int, s: MatrixGemvSchedule, roof: Roof)
     outputs = (8 if p.epilogue.activation == "silu_mul" else 16) * s.tiles
     across = math.ceil(rows / (8 * s.columns))
     blocks = math.ceil(p.n / outputs) * across
-    occupancy, waves = _parallel(blocks, s.threads, registers_of(p, s) + _ADDRESSES, s.shared_bytes, roof)
+    registers = registers_of(p, s) + _ADDRESSES
+    if s.resident:
+        registers = min(registers, _RESIDENT_REGISTERS // (s.threads * s.resident))
+    occupancy, waves = _parallel(blocks, s.threads, registers, s.shared_bytes, roof)
     in_flight = min(1.0, blocks * s.warps * s.stages / (32 * roof.units)) * min(1.0, 2 * occupancy)
     memory = least_bytes(p, rows) / (roof.bytes_per_second * in_flight)
     # Nine instructions decode a word of eight weights; loads and pairs of x are shared by the tiles.

@@ -40,6 +40,10 @@ _CACHED_BYTES: Final = 512 << 10
 # NVIDIA CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", 9.0: of a block that opts in.
 _HOPPER_SHARED_BYTES: Final = 227 << 10
 _REGISTERS: Final = 64 << 10  # of a multiprocessor, of compute capability 7.5 to 12.0
+_RESIDENT_THREADS: Final = {  # of a multiprocessor: the same table
+    **dict.fromkeys(("sm_80", "sm_90", "sm_100"), 2048),
+    **dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120"), 1536),
+}
 _BLOCK_THREADS: Final = 32  # fewer leave lanes of every GPU's smallest wave idle
 
 
@@ -258,8 +262,9 @@ def _why_not_matrix(
     s: MatrixGemvSchedule | StagedMatrixSchedule | WarpgroupSchedule,
 ) -> str | None:
     limits, name = spec.limits, spec.name
-    if isinstance(s, WarpgroupSchedule) and spec.tvm_target.get("arch") != "sm_90":
-        return f"{name} has no wgmma, which is sm_90's"
+    archs = getattr(spec, "archs", ())
+    if isinstance(s, WarpgroupSchedule) and archs != ("sm_90",):
+        return f"{name} has no wgmma, which is sm_90's alone"
     if isinstance(s, WarpgroupSchedule) and not s.divides(problem.k):
         return f"{s.slices} slices for {problem.k // 128} groups"
     if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
@@ -272,6 +277,9 @@ def _why_not_matrix(
     shared, registers = limits.shared_bytes, limits.registers
     if isinstance(s, MatrixGemvSchedule) and s.resident:
         registers = min(registers, _REGISTERS // (s.threads * s.resident))
+        most = min((_RESIDENT_THREADS.get(arch, 1024) for arch in archs), default=1024)
+        if reason := _over(s.threads * s.resident, most, "resident threads", name):
+            return reason
     if isinstance(s, WarpgroupSchedule):
         shared, registers = _HOPPER_SHARED_BYTES, min(registers, _REGISTERS // s.threads)
     return (

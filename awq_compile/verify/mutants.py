@@ -28,6 +28,7 @@ _DEFINITION: Final = {
 }
 _BARRIER: Final = re.compile(
     r"(?:barrier\(CLK_LOCAL_MEM_FENCE\)|__syncthreads\(\)|threadgroup_barrier\([^;]*?\)\s*);|__syncwarp\([^;]*\);"
+    r"|\bawq_(?:barrier_of<\d+>|stage_wait|wgmma_wait_1|cp_async_wait_\d)\([^;]*\);"
 )
 _CONSTANT: Final = re.compile(r"(?<=[ (])(\d+)(?=[);])(?![^\[\]]*\]\s*;)")
 _OPERATOR: Final = re.compile(r" (-|/|%|<|>=|<=|>>|<<) ")

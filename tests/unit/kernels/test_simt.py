@@ -87,6 +87,20 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
         check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 8, 9, 37))
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("groups", [1, 2, 3, 8, 9, 11])
+def test_turns_behind_the_loop(groups: int, stages: int) -> None:
+    """From fewer turns than are read ahead to more than stand behind the loop."""
+    one = MatrixGemvSchedule(1, 1, 1, stages, resident=2)
+    many = WarpgroupSchedule(1, 1, 2, 1, stages=8)  # more than K = 128 has
+    check(
+        MatmulProblem(24, 128 * groups, QuantSpec(4, 128), Epilogue(), "float16"),
+        "cuda",
+        LinearSchedule(one, one, many),
+        (1, 3, 20),
+    )
+
+
 @pytest.mark.parametrize(
     "many",
     [
@@ -97,6 +111,7 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
         WarpgroupSchedule(1, 1, 8, 2),
         WarpgroupSchedule(1, 1, 8, 4),
         WarpgroupSchedule(2, 1, 32),
+        WarpgroupSchedule(1, 1, 2, 8, 8),
         WarpgroupSchedule(1, 2, 2, 2, 3),
         WarpgroupSchedule(1, 1, 4, 1, 2),
     ],

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import tvm
+from tvm import relax, tirx
 from tvm.relax import transform as t
 from tvm.script import ir as I
 from tvm.script import relax as R
 
+from awq_compile.formats import QuantSpec
+from awq_compile.kernels.linear import reference_linear
+from awq_compile.passes.apply_schedules import ApplySchedules
 from awq_compile.passes.memory_usage import memory_usage
+from awq_compile.problem import MatmulProblem
+from awq_compile.schedules import LinearSchedule, MatrixGemvSchedule, StagedMatrixSchedule, WarpgroupSchedule
 
 
 @I.ir_module
@@ -33,15 +40,39 @@ class Steps:
         return out
 
 
+PLANS = (
+    t.LegalizeOps(),
+    t.ToNonDataflow(),
+    t.RemovePurityChecking(),
+    t.CallTIRRewrite(),
+    t.StaticPlanBlockMemory(),
+    t.LowerAllocTensor(),
+)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_memory_for_arranging_x_is_planned(wide: bool) -> None:
+    """A linear that a kernel for warpgroups serves has a second result of its rows and a block's."""
+    problem = MatmulProblem(64, 128, QuantSpec(4, 128), dtype="float16")
+    few = MatrixGemvSchedule(1)
+    chosen = LinearSchedule(few, few, WarpgroupSchedule(1, 1, 16) if wide else StagedMatrixSchedule(1, 1, 8))
+    builder = relax.BlockBuilder()
+    n = tirx.Var("n", "int64")
+    arrays = [relax.Var(name, R.Tensor(*given)) for name, given in problem.spec.arrays(64, 128).items()]
+    x = relax.Var("x", R.Tensor((n, 128), "float16"))
+    with builder.function("step", [x, *arrays], attrs={"tir_var_upper_bound": {"n": 10}}):
+        kernel = builder.add_func(reference_linear(problem), problem.name)
+        with builder.dataflow():
+            y = builder.emit(relax.call_tir(kernel, [x, *arrays], R.Tensor((n, 64), "float16")))
+            out = builder.emit_output(relax.op.add(y, y))
+        builder.emit_func_output(out)
+    module = ApplySchedules(lambda _: chosen).as_tvm()(builder.finalize())
+    result, product, arranged = 10 * 64 * 2, 10 * 64 * 2, (10 + 127) * 128 * 2
+    planned = tvm.transform.Sequential(PLANS)(module)
+    assert memory_usage(planned) == {"step": result + product + (arranged if wide else 0)}
+
+
 def test_temporaries_and_results_are_counted() -> None:
-    passes = (
-        t.LegalizeOps(),
-        t.ToNonDataflow(),
-        t.RemovePurityChecking(),
-        t.CallTIRRewrite(),
-        t.StaticPlanBlockMemory(),
-        t.LowerAllocTensor(),
-    )
-    planned = tvm.transform.Sequential(passes)(Steps)
+    planned = tvm.transform.Sequential(PLANS)(Steps)
     temporary, result = 10 * 8 * 4, 10 * 8 * 2
     assert memory_usage(planned) == {"step": 2 * temporary + result, "unbounded": 0}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tvm
 
-from awq_compile.errors import ArtifactError
+from awq_compile.errors import ArtifactError, CompileError
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.build import bucket_linear
 from awq_compile.problem import Epilogue, MatmulProblem
@@ -86,6 +86,16 @@ def test_nothing_that_earlier_kernels_write_is_touched_before_the_wait(bucket: s
     for wait in waits:
         branched = source.replace(wait, f"  if (threadIdx.x == 0) {{\n  {wait}  }}\n")
         assert len(waiting_kernels(branched)) == count - 1
+
+
+def test_resident_blocks_are_a_launch_bound() -> None:
+    """Of the kernel that asks for them alone, where it is declared and where it is defined."""
+    source = cuda_source("gemv", MatrixGemvSchedule(1, 2, 1, 3, 4))
+    other = source.replace("linear_kernel", "other_kernel").replace("  awq_resident<4>();\n", "")
+    bounds = re.findall(r"__launch_bounds__\(([^)]*)\) (\w+)", with_device_functions(source + other, "sm_90"))
+    assert bounds == [("32, 4", "linear_kernel")] * 2 + [("32", "other_kernel")] * 2
+    with pytest.raises(CompileError, match="no launch bound"):
+        with_device_functions(source.replace("__launch_bounds__(32) ", ""), "sm_90")
 
 
 @pytest.mark.parametrize(("archs", "early"), [("sm_90", True), ("sm_100+sm_120", True), ("sm_80+sm_90", False)])

@@ -11,11 +11,12 @@ import pytest
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import GemvSchedule, SimtGemmSchedule
+from awq_compile.schedules import GemvSchedule, SimtGemmSchedule, WarpgroupSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.gpu import GpuTarget
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import estimate, ranked, roofline_seconds
+from awq_compile.tuning.database import known_records
 from awq_compile.tuning.measure import rows_of
 from awq_compile.tuning.space import Space, space_of, why_illegal
 from awq_compile.tuning.templates import (
@@ -57,6 +58,34 @@ def test_kernels_of_buckets() -> None:
     assert set(buckets_of(*NAMES)) >= {(t, b) for t in NAMES for b in ("gemv", "small", "gemm")}
     with pytest.raises(CompileError, match="medium has no kernel of its own"):
         space_of(problem("opencl"), "medium", resolve_target("opencl"))
+
+
+@pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_86", "cuda:sm_90", "cuda:sm_90+sm_100", "cuda:sm_120"])
+def test_untuned_schedules_are_legal(target: str) -> None:
+    """For odd numbers of groups, zero points and gates as well."""
+    spec = resolve_target(target)
+    for n, k, symmetric, activation in itertools.product(
+        (64, 4096, 6144, 8192, 11008, 14336, 28672, 57344),
+        (128, 384, 896, 4096, 11008),
+        (True, False),
+        ("none", "silu_mul"),
+    ):
+        p = MatmulProblem(n, k, QuantSpec(4, 128, symmetric), Epilogue(activation=activation), "float16")
+        for bucket, schedule in spec.rule(p).by_bucket.items():
+            assert not why_illegal(p, bucket, spec, schedule), (p.name, bucket, schedule)
+
+
+def test_wgmma_is_for_sm_90_alone() -> None:
+    """Whatever was measured on one: a library for other architectures as well has no such kernel."""
+    for name in ("cuda:sm_90+sm_100", "cuda:sm_80+sm_90"):
+        spec, p = (
+            resolve_target(name),
+            MatmulProblem(4096, 14336, QuantSpec(4, 128), Epilogue(residual=True), "float16"),
+        )
+        reason = why_illegal(p, "gemm", spec, WarpgroupSchedule(2, 1, 32))
+        assert reason is not None and "no wgmma" in reason
+        chosen, _ = known_records().choose_linear(spec, p)
+        assert not any(isinstance(s, WarpgroupSchedule) for s in chosen.by_bucket.values())
 
 
 @pytest.mark.parametrize(("target", "bucket"), buckets_of(*NAMES))

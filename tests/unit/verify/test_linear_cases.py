@@ -63,7 +63,7 @@ def test_every_kernel_of_a_linear_has_rows(name: str) -> None:
     """The host code tells kernels apart by M, and each of them gets one."""
     spec, recorder = resolve_target(name), LaunchRecorder()
     problem = MatmulProblem(64, 256, QuantSpec(4, 128), dtype="float16")
-    function = scheduled_linear(problem, spec.rule(problem)).with_attr("global_symbol", "linear")
+    function = scheduled_linear(problem, spec.rule(problem), planned=True).with_attr("global_symbol", "linear")
     context = tvm.transform.PassContext(instruments=[recorder.instrument()], config={"tirx.disable_cse_tir": True})
     with tvm.target.Target(spec.tvm_target) as target, context:
         tvm.tirx.build(tvm.IRModule({"linear": function}), target=target)
@@ -71,6 +71,7 @@ def test_every_kernel_of_a_linear_has_rows(name: str) -> None:
     role = roles_of({"linear": {"kind": "linear", "problem": encode_problem(problem)}}, {}, read_config(DEMO))["linear"]
     for case in role.cases(table, np.random.default_rng(0)):
         run_prim_func(table, launched, list(case.arguments))
+        assert case.scratch == ({4} if name == "cuda:sm_90" else set())
     assert launched.kernels == set(kernels_of(table)) and len(launched.kernels) >= 3
 
 

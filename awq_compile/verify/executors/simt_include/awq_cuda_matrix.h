@@ -75,7 +75,7 @@ static inline void awq_resident() {}
 static inline void awq_grid_launch_dependents() {}
 static inline void awq_grid_wait(const void*, const void*, const void* = nullptr) {}
 
-// ---- wgmma: the products are there at once; a warp's 16 rows need nothing of the others ----
+// ---- wgmma: a warp's 16 rows need nothing of the others ----
 static inline void awq_arrange_f16(void* row, const void* x, int word, int number) {
   if (((uintptr_t)row | (uintptr_t)x) % 16) __builtin_trap();
   const half* from = (const half*)x;
@@ -84,16 +84,18 @@ static inline void awq_arrange_f16(void* row, const void* x, int word, int numbe
     for (int t = 0; t < 4; ++t)
       for (int j = 0; j < 2; ++j) to[((word * 4 + i) ^ number) * 8 + t * 2 + j] = from[t * 32 + i + j * 4];
 }
-// A load arrives when a thread waits for it. Until the one that starts it has come there, the others run.
+// A load arrives when a thread waits for it; until then its place holds NaN. A wait for a load that no thread has started
+// yet lets the others run. What orders the two kinds of access to memory, and grids, cannot be seen here.
 struct awq_bulk {
   void* to;
   const void* from;
 };
 static awq_bulk awq_bulk_loads[AWQ_SHARED_LIMIT / 8];
 struct awq_stage_barrier {  // 8 bytes, as in PTX
-  uint16_t phase, bulk, pending, poison;
+  uint16_t phase, number, pending, live;
 };
 static_assert(sizeof(awq_stage_barrier) == 8);
+static const uint16_t AWQ_LIVE = 0x5A5A;
 static inline awq_stage_barrier* awq_barrier_at(const void* at) {
   if ((uintptr_t)at % 8 || (const char*)at < awq_shared_start || (const char*)at + 8 > awq_shared_end) __builtin_trap();
   return (awq_stage_barrier*)at;
@@ -102,25 +104,27 @@ template <int Count>
 static inline void awq_stages_init(void* barriers) {
   for (int i = 0; i < Count; ++i) {
     awq_stage_barrier* b = awq_barrier_at((char*)barriers + 8 * i);
-    *b = {0, (uint16_t)(((char*)b - awq_shared_start) / 8), 0, 0x5A5A};
+    *b = {0, (uint16_t)(((char*)b - awq_shared_start) / 8), 0, AWQ_LIVE};
   }
 }
+static inline void awq_fence_loads() {}
 template <int Bytes>
 static inline void awq_stage_load(void* barrier, void* stage, const void* from) {
   awq_stage_barrier* b = awq_barrier_at(barrier);
-  if (b->poison != 0x5A5A || b->pending || ((uintptr_t)stage | (uintptr_t)from | Bytes) % 16) __builtin_trap();
-  awq_bulk_loads[b->bulk] = {stage, from};
+  if (b->live != AWQ_LIVE || b->pending || ((uintptr_t)stage | (uintptr_t)from | Bytes) % 16) __builtin_trap();
+  memset(stage, 0xFF, Bytes);
+  awq_bulk_loads[b->number] = {stage, from};
   b->pending = Bytes / 16;
 }
 static inline void awq_stage_wait(const void* barrier, int parity) {
   awq_stage_barrier* b = awq_barrier_at(barrier);
+  if (b->live != AWQ_LIVE) __builtin_trap();
   while (b->phase == parity) {
-    if (b->poison != 0x5A5A) __builtin_trap();
     if (!b->pending) {
       awq_pause(AWQ_READY, 0);
       continue;
     }
-    memcpy(awq_bulk_loads[b->bulk].to, awq_bulk_loads[b->bulk].from, b->pending * 16);
+    memcpy(awq_bulk_loads[b->number].to, awq_bulk_loads[b->number].from, b->pending * 16);
     b->pending = 0, b->phase ^= 1;
   }
 }
@@ -137,14 +141,46 @@ template <int Count, int Threads>
 static inline void awq_add_sums(float* d, const void* from, int thread) {
   for (int i = 0; i < Count; ++i) d[i] += ((const float*)from)[i * Threads + thread];
 }
-static inline void awq_wgmma_commit() {}
-static inline void awq_wgmma_wait_1() {}
+// Products are made at the wait, with what the operands hold then.
+struct awq_product {
+  void (*multiply)(int line, float* d, const uint32_t* a, const void* stage, int step);
+  int line;
+  float* d;
+  const uint32_t* a;
+  const void* stage;
+  int step;
+  unsigned group;
+};
+struct awq_products {
+  unsigned count, group;
+  awq_product waiting[32];
+};
+static awq_products awq_all_products[AWQ_MAX_THREADS];
+static inline void awq_wgmma_commit() { ++awq_all_products[awq_current->linear].group; }
+static inline void awq_wgmma_wait(unsigned pending) {
+  awq_products* p = &awq_all_products[awq_current->linear];
+  unsigned kept = 0;
+  for (unsigned i = 0; i < p->count; ++i) {
+    awq_product product = p->waiting[i];
+    if (product.group + pending >= p->group) {
+      p->waiting[kept++] = product;
+    } else {
+      product.multiply(product.line, product.d, product.a, product.stage, product.step);
+    }
+  }
+  p->count = kept;
+}
+static inline void awq_wgmma_wait_1() { awq_wgmma_wait(1); }
 template <int Count>
 static inline void awq_wgmma_ready(uint32_t*) {}
 template <int Count>
-static inline void awq_wgmma_end(float*) {}
+static inline void awq_wgmma_end(float*) {
+  awq_wgmma_wait(0);
+  if (awq_all_products[awq_current->linear].count) __builtin_trap();  // of a group that was not committed
+  awq_all_products[awq_current->linear].group = 0;
+}
 template <int N>
-static inline void awq_wgmma(int line, float* d, const uint32_t* a_registers, const void* stage, int step) {
+static void awq_multiply(int line, float* d, const uint32_t* a_registers, const void* stage, int step) {
   struct Registers {
     uint32_t a[4];
   } mine;
@@ -163,6 +199,12 @@ static inline void awq_wgmma(int line, float* d, const uint32_t* a_registers, co
       d[column / 2 * 4 + 2 + column % 2] += (float)high[k % 2] * x;
     }
   }
+}
+template <int N>
+static inline void awq_wgmma(int line, float* d, const uint32_t* a, const void* stage, int step) {
+  awq_products* p = &awq_all_products[awq_current->linear];
+  if (p->count == 32 || ((const char*)stage - awq_shared_start) % 1024) __builtin_trap();
+  p->waiting[p->count++] = {awq_multiply<N>, line, d, a, stage, step, p->group};
 }
 #define awq_wgmma_m64n16k16_f16f32(d, a, stage, step) awq_wgmma<16>(__LINE__, d, a, stage, step)
 #define awq_wgmma_m64n32k16_f16f32(d, a, stage, step) awq_wgmma<32>(__LINE__, d, a, stage, step)
