@@ -1,7 +1,7 @@
 """From CUDA or Metal source to the C++ that the SIMT headers make sense of. Line numbers are kept.
 
 CUDA      `__shared__ alignas(64) T a[n];`           → the alignment first, where C++ wants it
-          `extern __shared__ alignas(64) T a[];`     → a pointer into the launch's dynamic shared memory
+          `extern __shared__ __align__(64) T a[];`   → a pointer into the launch's dynamic shared memory
           `__device__ T f(...) { asm(...) }`         → removed where the headers emulate `f`, else refused
 Metal     `threadgroup T a[n];`                      → `AWQ_THREADGROUP T a[n];`; elsewhere the word is dropped
 both      `*(float4*)(p)`                            → `*awq_at<float4>(p)`, which checks the alignment
