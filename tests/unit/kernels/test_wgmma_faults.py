@@ -52,6 +52,11 @@ def test_a_missing_wait_is_seen(fault: str, schedule: WarpgroupSchedule) -> None
     assert wrong(schedule, pattern, new)
 
 
+def test_sums_that_are_left_too_early_are_seen() -> None:
+    """Where slices share K, one's sums lie where another's stages were."""
+    assert wrong(SCHEDULES[1], r"__syncthreads\(\);(?=\s+if [^{]*\{[^}]*awq_leave_sums)", "")
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_the_kernel_itself_is_right(schedule: WarpgroupSchedule) -> None:
     assert not wrong(schedule, "awq_wgmma_commit", "awq_wgmma_commit")
