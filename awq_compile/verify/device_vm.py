@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from awq_compile.compiler import (
     CompileContext,
@@ -40,6 +41,8 @@ from awq_compile.verify.sidecar import read_sidecar
 _EXECUTABLE: Final = "relax.VMExecutable"
 _CPU: Final = 1  # DLPack's kDLCPU
 _POOLED: Final = 2  # TVM's AllocatorType::kPooled
+_BEHIND: Final = 512  # integers behind those that a kernel may use
+_Array = npt.NDArray[Any]
 
 
 @dataclass
@@ -93,11 +96,14 @@ def device_vm(library: Path, context: CompileContext) -> Iterator[DeviceVM]:
 
         def kernel(table: dict[str, Any]) -> Callable[..., None]:
             def call(*args: Any) -> None:
+                arguments, copies = _arguments(args)
                 try:
-                    run_prim_func(table, executor, _arguments(args))
+                    run_prim_func(table, executor, arguments)
                 except AwqCompileError as error:
                     found.failure = found.failure or error
                     raise
+                for memory, copy in copies:
+                    memory[...] = copy[: len(memory)]
 
             return call
 
@@ -174,17 +180,28 @@ class _DLTensor(ctypes.Structure):
     )
 
 
-def _arguments(args: Sequence[Any]) -> list[Argument | View]:
+def _arguments(args: Sequence[Any]) -> tuple[list[Argument | View], list[tuple[_Array, _Array]]]:
     """Tensors as views of the memory that they lie in; the memory is as long as the farthest of them.
 
-    A kernel gets the start of the memory, and the offset of a view as a scalar.
+    A kernel gets the start of the memory, and the offset of a view as a scalar. Integers are (memory, copy) as well: the
+    copy, with more behind it, is what the kernel gets. TVM's kernels read, but do not use, entries behind the end.
     """
     described = [_described(a) if hasattr(a, "__dlpack__") else a for a in args]
     ends: dict[int, int] = {}
     for item in described:
         if isinstance(item, _Tensor):
             ends[item.data] = max(ends.get(item.data, 0), item.offset + item.nbytes)
-    return [_view(item, ends[item.data]) if isinstance(item, _Tensor) else item for item in described]
+    copies: dict[int, tuple[_Array, _Array]] = {}
+    found: list[Argument | View] = []
+    for item in described:
+        if not isinstance(item, _Tensor):
+            found.append(item)
+            continue
+        base = _memory(item, ends[item.data])
+        if item.dtype == np.int32 and base.size:
+            _, base = copies.setdefault(item.data, (base, np.concatenate([base, np.zeros(_BEHIND, base.dtype)])))
+        found.append(View(base, item.offset // item.dtype.itemsize, item.shape))
+    return found, list(copies.values())
 
 
 @dataclass(frozen=True)
@@ -208,11 +225,9 @@ def _described(tensor: Any) -> _Tensor:
     return _Tensor(view.data or 0, int(view.byte_offset), shape, np.dtype(str(tensor.dtype)))
 
 
-def _view(tensor: _Tensor, end: int) -> View:
+def _memory(tensor: _Tensor, end: int) -> _Array:
     count = end // tensor.dtype.itemsize
-    if count and tensor.data:
-        memory: Any = (ctypes.c_uint8 * (count * tensor.dtype.itemsize)).from_address(tensor.data)
-        base = np.frombuffer(memory, tensor.dtype)
-    else:
-        base = np.zeros(0, tensor.dtype)
-    return View(base, tensor.offset // tensor.dtype.itemsize, tensor.shape)
+    if not count or not tensor.data:
+        return np.zeros(0, tensor.dtype)
+    memory: Any = (ctypes.c_uint8 * (count * tensor.dtype.itemsize)).from_address(tensor.data)
+    return np.frombuffer(memory, tensor.dtype)
