@@ -175,6 +175,7 @@ class StagedMatrixSchedule:
 
 
 WGMMA_COLUMNS: Final = (2, 4, 8, 16, 32)
+ARRANGED_BEHIND: Final = 8 * max(WGMMA_COLUMNS) - 1  # rows behind those of x, so that every block of them is whole
 
 
 @dataclass(frozen=True)
@@ -371,9 +372,9 @@ class LinearSchedule:
         return {bucket: schedule for bucket, schedule in found.items() if schedule is not None}
 
     @property
-    def arranged_rows(self) -> int:
-        """The most rows of x that a block takes of those arranged ahead, 0 where no kernel has them arranged."""
-        return max((s.columns * 8 for s in self.by_bucket.values() if isinstance(s, WarpgroupSchedule)), default=0)
+    def arranges(self) -> bool:
+        """Whether a kernel has x arranged ahead."""
+        return any(isinstance(s, WarpgroupSchedule) for s in self.by_bucket.values())
 
     def of(self, bucket: str) -> FewRows | ManyRows:
         """The schedule of a bucket. Raises `CompileError` where it has none of its own."""

@@ -8,6 +8,7 @@ MLC's own estimate leaves every storage of symbolic size out, and so all results
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from tvm import sym
@@ -28,14 +29,18 @@ def memory_usage(module: IRModule) -> dict[str, int]:
     """
     usage = {}
     for var, function in relax_functions(module):
-        attrs = function.attrs or {}
-        bounds = {str(name): int(most) for name, most in attrs.get(_BOUNDS, {}).items()}
+        bounds = bounds_of(function)
         storages = (b.value for b in bindings_of(function) if called_op(b.value) == "relax.memory.alloc_storage")
-        usage[str(var.name_hint)] = sum(_most(storage.args[0].values[0], bounds) for storage in storages)
+        usage[str(var.name_hint)] = sum(most(storage.args[0].values[0], bounds) for storage in storages)
     return usage
 
 
-def _most(size: Any, bounds: dict[str, int]) -> int:
+def bounds_of(function: Any) -> dict[str, int]:
+    """The largest value of each size of a Relax function, by name."""
+    return {str(name): int(bound) for name, bound in (function.attrs or {}).get(_BOUNDS, {}).items()}
+
+
+def most(size: Any, bounds: Mapping[str, int]) -> int:
     """The largest value of an expression, 0 where it has none."""
     analyzer = sym.Analyzer()
     for var in undefined_vars(size):

@@ -41,8 +41,8 @@ def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule, *, planne
     `planned`: where x is arranged first, that memory is an argument, else a workspace of the runtime's.
     """
     check_order(problem, *schedule.by_bucket.values())
-    arranged_rows = schedule.arranged_rows if planned else 0
-    with linear_function(problem, {"tirx.is_scheduled": True}, arranged_rows=arranged_rows) as (builder, args):
+    attrs = {"tirx.is_scheduled": True}
+    with linear_function(problem, attrs, arranged=planned and schedule.arranges) as (builder, args):
         _by_rows(args, list(schedule.by_bucket.items()))
     return builder.get()
 

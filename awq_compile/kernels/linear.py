@@ -87,11 +87,11 @@ class LinearArgs:
 
 @contextmanager
 def linear_function(
-    problem: MatmulProblem, attrs: dict[str, Any], *, arranged_rows: int = 0
+    problem: MatmulProblem, attrs: dict[str, Any], *, arranged: bool = False
 ) -> Iterator[tuple[IRBuilder, LinearArgs]]:
     """Opens a PrimFunc with the arguments of `problem`; `builder.get()` is the function, after the block.
 
-    With `arranged_rows`, `arranged` is one of them, for x in blocks of that many rows at most.
+    With `arranged`, that is one of them: M + `schedules.ARRANGED_BEHIND` rows of K at least.
     """
     with IRBuilder() as builder, T.prim_func():
         T.func_name(problem.name)
@@ -104,12 +104,13 @@ def linear_function(
         bias = T.arg("bias", T.buffer((n,), "float16")) if problem.epilogue.bias else None
         residual = T.arg("residual", T.buffer((m, n), dtype)) if problem.epilogue.residual else None
         y = T.arg("y", T.buffer((m, n), problem.out_dtype))
-        arranged = T.arg("arranged", T.buffer((m + (arranged_rows - 1), k), dtype)) if arranged_rows else None
+        rows = tirx.Var("arranged_rows", "int64")
+        place = T.arg("arranged", T.buffer((rows, k), dtype)) if arranged else None
         flat = {
             name: T.decl_buffer((rows * columns,), kind, data=weight[name].data)
             for name, ((rows, columns), kind) in arrays.items()
         }
-        yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y, arranged)
+        yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y, place)
 
 
 def reference_linear(problem: MatmulProblem, rows_of_x: int | None = None) -> Any:

@@ -183,8 +183,8 @@ class _DLTensor(ctypes.Structure):
 def _arguments(args: Sequence[Any]) -> tuple[list[Argument | View], list[tuple[_Array, _Array]]]:
     """Tensors as views of the memory that they lie in; the memory is as long as the farthest of them.
 
-    A kernel gets the start of the memory, and the offset of a view as a scalar. Integers are (memory, copy) as well: the
-    copy, with more behind it, is what the kernel gets. TVM's kernels read, but do not use, entries behind the end.
+    A kernel gets the start of the memory, and the offset of a view as a scalar. Integers are (memory, copy) as well:
+    the copy, with more behind it, is what the kernel gets. TVM's kernels read, but do not use, entries behind the end.
     """
     described = [_described(a) if hasattr(a, "__dlpack__") else a for a in args]
     ends: dict[int, int] = {}

@@ -9,8 +9,8 @@ import numpy as np
 
 from awq_compile.formats import WeightSpec
 from awq_compile.problem import MatmulProblem
+from awq_compile.schedules import ARRANGED_BEHIND
 from awq_compile.verify.case import Case, Expected, ints, poisoned
-from awq_compile.verify.expressions import evaluate
 from awq_compile.verify.launch_table import Table
 from awq_compile.verify.oracles.linear import (
     arrays_of,
@@ -42,15 +42,8 @@ def linear_cases(
         y, scratch = len(arguments) - 1, frozenset[int]()
         if table is not None and len(table["params"]) > len(arguments):
             scratch = frozenset((len(arguments),))
-            arguments.append(_arranged(table, m))
+            arguments.append(poisoned((m + ARRANGED_BEHIND, problem.k), problem.dtype))
         yield Case(f"M={m}", arguments, {y: Expected(expected, bound)}, scratch)
-
-
-def _arranged(table: Table, m: int) -> Any:
-    """What the last parameter of a linear takes for M = m."""
-    (rows, _), last = table["params"][0]["shape"], table["params"][-1]
-    known = {rows[1]: m} if isinstance(rows, list) else {}
-    return poisoned(tuple(int(evaluate(size, known)) for size in last["shape"]), last["dtype"])
 
 
 def embedding_cases(

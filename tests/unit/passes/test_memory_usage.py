@@ -67,7 +67,7 @@ def test_memory_for_arranging_x_is_planned(wide: bool) -> None:
             out = builder.emit_output(relax.op.add(y, y))
         builder.emit_func_output(out)
     module = ApplySchedules(lambda _: chosen).as_tvm()(builder.finalize())
-    result, product, arranged = 10 * 64 * 2, 10 * 64 * 2, (10 + 127) * 128 * 2
+    result, product, arranged = 10 * 64 * 2, 10 * 64 * 2, (10 + 255) * 128 * 2
     planned = tvm.transform.Sequential(PLANS)(module)
     assert memory_usage(planned) == {"step": result + product + (arranged if wide else 0)}
 
