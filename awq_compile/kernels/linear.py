@@ -21,6 +21,7 @@ from tvm.script.ir_builder import tirx as T
 from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.kernels.simd import cast, ramp, zeros
 from awq_compile.problem import MatmulProblem, encode_problem
+from awq_compile.schedules import ARRANGED_BEHIND
 
 Expr = Any
 Buffer = Any
@@ -105,11 +106,16 @@ def linear_function(
         residual = T.arg("residual", T.buffer((m, n), dtype)) if problem.epilogue.residual else None
         y = T.arg("y", T.buffer((m, n), problem.out_dtype))
         rows = tirx.Var("arranged_rows", "int64")
-        place = T.arg("arranged", T.buffer((rows, k), dtype)) if arranged else None
+        given = T.arg("arranged", T.buffer((rows, k), dtype)) if arranged else None
         flat = {
             name: T.decl_buffer((rows * columns,), kind, data=weight[name].data)
             for name, ((rows, columns), kind) in arrays.items()
         }
+        # As long as kernels use it, or its rows would be an argument of theirs.
+        used = ((m + ARRANGED_BEHIND) * k,)
+        place = None
+        if given is not None:
+            place = IRBuilder.name("arranged", T.decl_buffer(used, dtype, data=given.data))
         yield builder, LinearArgs(problem, m, x, weight, flat, bias, residual, y, place)
 
 
