@@ -158,11 +158,12 @@ class _Stages:
         self._s, self._arranged, self._shared, self._part = s, arranged, shared, part
         self._size = s.of_stage // 2  # in elements
         self._first = block * (k // _STAGE)  # stage of the block's rows of x
+        self._count = s.slices * s.stages
+        self._barriers = s.shared_bytes // 2 - self._count * 4
 
     def init(self) -> None:
         """Readies all barriers, by one thread of the block."""
-        count = self._s.slices * self._s.stages
-        call(f"awq_stages_init<{count}>", pointer(self._shared, self._s.shared_bytes // 2 - count * 4))
+        call(f"awq_stages_init<{self._count}>", pointer(self._shared, self._barriers))
 
     def load(self, number: Expr) -> None:
         """Starts to copy a stage to its place, by one thread of the slice."""
@@ -187,5 +188,4 @@ class _Stages:
         return self._part * self._s.stages + number % self._s.stages
 
     def _barrier(self, number: Expr) -> Expr:
-        first = self._s.shared_bytes // 2 - self._s.slices * self._s.stages * 4
-        return pointer(self._shared, first + self._ring(number) * 4)
+        return pointer(self._shared, self._barriers + self._ring(number) * 4)
