@@ -89,6 +89,8 @@ def decode_problem(text: str) -> MatmulProblem:
 SMALL_ROWS: Final = 8
 ROW_BUCKETS: Final = {  # most rows of each
     "gemv": 1,
+    "pair": 2,
+    "quad": 4,
     "small": SMALL_ROWS,
     "medium": 16,
     "broad": 32,
@@ -96,6 +98,7 @@ ROW_BUCKETS: Final = {  # most rows of each
     "wide": 256,
     "gemm": 1 << 31,
 }
+FEW_ROWS: Final = tuple(bucket for bucket, most in ROW_BUCKETS.items() if most <= SMALL_ROWS)
 
 
 def row_bucket(m: int) -> str:
@@ -104,6 +107,6 @@ def row_bucket(m: int) -> str:
 
 
 def serves(bucket: str, m: int) -> bool:
-    """Whether a bucket's kernel may get M rows: those of buckets between `small` and it as well."""
-    few = bucket in ("gemv", "small")
-    return row_bucket(m) == bucket if few else SMALL_ROWS < m <= ROW_BUCKETS[bucket]
+    """Whether a bucket's kernel may get M rows: also those of lesser buckets, as far as `small` and the one row."""
+    least = 0 if bucket == "gemv" else 1 if bucket in FEW_ROWS else SMALL_ROWS
+    return least < m <= ROW_BUCKETS[bucket]

@@ -360,6 +360,8 @@ class LinearSchedule:
     gemv: FewRows
     small: FewRows
     gemm: ManyRows
+    pair: FewRows | None = None
+    quad: FewRows | None = None
     medium: ManyRows | None = None
     broad: ManyRows | None = None
     large: ManyRows | None = None

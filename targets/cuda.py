@@ -31,7 +31,7 @@ from awq_compile.schedules import (
     StagedMatrixSchedule,
     WarpgroupSchedule,
 )
-from awq_compile.targets.cuda_launch import tagged
+from awq_compile.targets.cuda_launch import tagged, with_waits
 from awq_compile.targets.cuda_ptx import MARK, WARPGROUP_MARK, device_functions
 from awq_compile.targets.cuda_source import with_digest
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
@@ -79,13 +79,28 @@ def _filling(problem: MatmulProblem, warps: int, shapes: tuple[MatrixGemvSchedul
 
 
 def _one(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """One row: 32 warps to a multiprocessor, few registers each."""
-    shapes = ((16, 1, 1, 1, 2), (8, 1, 1, 1, 1), (8, 2), (4, 2))
+    """One row: 16 warps to a multiprocessor, or 32 that take two groups each."""
+    least = MatrixGemvSchedule(16, 1, resident=2)
+    if problem.weight_rows <= 33 * _UNITS and problem.k <= 2 * 16 * 128:
+        return _filling(problem, 32, (least,))
+    shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 2), (4, 2, 1, 1, 4))
+    return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
+
+
+def _pair(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """Two rows: 32 warps to a multiprocessor."""
+    shapes = ((16, 1, 1, 1, 2), (8, 1, 1, 1, 4), (4, 1, 1, 1, 4))
+    return _filling(problem, 32, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
+
+
+def _quad(problem: MatmulProblem) -> MatrixGemvSchedule:
+    """3 or 4 rows: as two, but for a wide W."""
+    shapes = ((16, 1, 1, 1, 2), (8, 1, 1, 1, 4), (4, 2, 1, 1, 4))
     return _filling(problem, 32, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
 
 def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """2 to 8 rows: half as many warps, with twice the registers."""
+    """5 to 8 rows: half as many warps, with twice the registers."""
     shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), (4, 4, 1, 2, 1))
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
@@ -169,7 +184,16 @@ class CudaTarget(GpuTarget):
         if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
             return chosen
         gemm = StagedMatrixSchedule(8, 2, 16)
-        chosen = LinearSchedule(_one(problem), _few(problem), gemm, _medium(problem), _broad(problem), _large(problem))
+        chosen = LinearSchedule(
+            gemv=_one(problem),
+            pair=_pair(problem),
+            quad=_quad(problem),
+            small=_few(problem),
+            medium=_medium(problem),
+            broad=_broad(problem),
+            large=_large(problem),
+            gemm=gemm,
+        )
         if self.archs != ("sm_90",):
             return replace(chosen, wide=_wide(problem))
         return replace(chosen, **_warpgroups(problem))
@@ -195,7 +219,7 @@ class CudaTarget(GpuTarget):
         if module.kind != "cuda" or module.payload is None:
             return module
         functions, source = parse_opencl_payload(module.payload)
-        text = source.decode()
+        text = with_waits(source.decode())
         code, form = self.machine_code(with_digest(text))
         return BlobModule("cuda", write_code_payload(form, tagged(functions, text, self.archs[0]), code))
 

@@ -74,6 +74,7 @@ __device__ __forceinline__ void awq_scale_f16(unsigned* d, const void* scale) {
 # Reads that are to stand before the wait do without `.nc`, which ptxas would put behind it. The pointers that earlier
 # kernels may have written to pass through the wait: to the compiler, what only a `__restrict__` pointer reaches is no
 # concern of an instruction that does not get it, and reads of x could move up.
+MOST_BUFFERS: Final = 16  # that `awq_grid_wait` takes
 _GRID: Final = """
 template <int Blocks>
 __device__ __forceinline__ void awq_resident() {}
@@ -94,11 +95,13 @@ __device__ __forceinline__ void awq_grid_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
 #endif
 }
-__device__ __forceinline__ void awq_grid_wait(const void* x, const void* y, const void* residual = nullptr) {
+__device__ __forceinline__ void awq_grid_wait(@buffers@) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" : : "l"(x), "l"(y), "l"(residual) : "memory");
+  asm volatile("griddepcontrol.wait;" : : @operands@ : "memory");
 #endif
-}"""
+}""".replace("@buffers@", ", ".join(f"const void* b{i} = nullptr" for i in range(MOST_BUFFERS))).replace(
+    "@operands@", ", ".join(f'"l"(b{i})' for i in range(MOST_BUFFERS))
+)
 
 _ASYNC: Final = """
 __device__ __forceinline__ void awq_cp_async_16(void* to, const void* from) {

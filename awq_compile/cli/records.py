@@ -46,6 +46,8 @@ def explain(spec: TargetSpec, shares: list[Share], output: Output) -> None:
 
 _STEPS = {
     "gemv": "a decode step",
+    "pair": "a decode step of two sequences",
+    "quad": "a decode step of 3 or 4 sequences",
     "small": "a decode step of a small batch",
     "medium": "a decode step of 9 to 16 sequences",
     "broad": "a decode step of 17 to 32 sequences",

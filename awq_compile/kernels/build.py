@@ -19,7 +19,7 @@ from awq_compile.kernels.simdgroup_gemm import emit_simdgroup_gemm
 from awq_compile.kernels.simt_gemm import emit_simt_gemm
 from awq_compile.kernels.simt_gemv import emit_simt_gemv
 from awq_compile.kernels.wgmma_gemm import emit_wgmma_gemm
-from awq_compile.problem import ROW_BUCKETS, MatmulProblem
+from awq_compile.problem import FEW_ROWS, ROW_BUCKETS, MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
     FewRows,
@@ -61,7 +61,7 @@ def _by_rows(args: LinearArgs, buckets: list[tuple[str, FewRows | ManyRows]]) ->
 
 
 def _kernel(args: LinearArgs, bucket: str, schedule: FewRows | ManyRows) -> None:
-    if bucket in ("gemv", "small"):
+    if bucket in FEW_ROWS:
         _few_rows(args, schedule, ROW_BUCKETS[bucket])  # type: ignore[arg-type]
     else:
         _many_rows(args, schedule)  # type: ignore[arg-type]

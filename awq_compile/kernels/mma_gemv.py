@@ -1,7 +1,9 @@
 """Rows of x on tensor cores without shared tiles: W is decoded in registers and meets x in `mma.m16n8k16`.
 
-W is the instruction's A, as `mma_weights` says; x its B, whose 8 columns are rows of x: lane l holds column l / 4, and
-reads 16 bytes of it for a word of W. Products are exact and sums float32; a group's sum is scaled once.
+W is the instruction's A, as `mma_weights` says; x its B, of whose 8 columns lane l holds column l / 4. With more than 4
+rows of x a column is a row. With fewer its words stand side by side: column c is word c % side of row c / side, where
+side = 8 / rows, so that one read of 16 bytes serves `side` words of W. Of the sums of a word a lane then keeps those of
+the column that held this word of x. Products are exact and sums float32; a group's sum is scaled once.
 
 Warps of a block take groups in turn, and their sums meet in shared memory. The next groups' words are on their
 way while one is decoded.
@@ -26,24 +28,27 @@ from awq_compile.kernels.mma_weights import (
     local,
     pointer,
     wait_for_grids,
+    zeros,
 )
 from awq_compile.kernels.simd import ramp
-from awq_compile.kernels.simt import Registers, barrier, branch
+from awq_compile.kernels.simt import Registers, barrier, branch, sum_over_threads
 from awq_compile.schedules import MatrixGemvSchedule
 
 Expr = Any
 Buffer = Any
 
-# Up to so many turns, the last ones stand behind the loop, where no group is read that nobody uses.
-_PEELED: Final = 8
+# Up to so many turns, the last ones stand behind the loop, where no group is read that nobody uses; by an H200. By how
+# many turns go into one of the loop.
+_PEELED: Final = {1: 8, 2: 2}
 
 
 def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int | None) -> None:
     """Emits the kernel for M ≤ `max_rows` (None: any M) at the builder's current place."""
     problem, s = args.problem, schedule
+    rows = max_rows if max_rows in (1, 2, 4) else COLUMNS
     pairs = problem.epilogue.activation == "silu_mul"
     outputs = ROWS // 2 if pairs else ROWS  # of a tile
-    groups, across = problem.k // GROUP, COLUMNS * s.columns
+    groups, across = problem.k // GROUP, rows * s.columns
     one_block = max_rows is not None and max_rows <= across
     with (
         T.launch_thread("blockIdx.x", -(-problem.n // (outputs * s.tiles))) as bx,
@@ -66,74 +71,150 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
             threads=s.threads,
         )
         first_x = 0 if one_block else T.bind(by * across)
-        x = local(8, "float16")
-        x_rows = [_row_of_x(args, max_rows, first_x + c * COLUMNS + place) for c in range(s.columns)]
-        if max_rows == 1:
-            T.buffer_store(x, tirx.Broadcast(tirx.const(0, "float16"), 8), [ramp(0, 8)])
-        total = local(s.tiles * s.columns * 4, "float32")
-        for i in range(s.tiles * s.columns * 4):
-            T.buffer_store(total, tirx.const(0, "float32"), [i])
         turns = -(-groups // s.warps)
-        followed = max(0, turns - weights.ahead) if turns <= _PEELED else turns
+        sums: _Rows | _Words
+        if rows == COLUMNS:
+            x_rows = [T.bind(T.min(first_x + c * COLUMNS + place, args.m32 - 1)) for c in range(s.columns)]
+            sums = _Rows(args, s, weights, x_rows, t)
+        else:
+            sums = _Words(args, s, weights, rows, warp, place, t)
+        followed = max(0, turns - weights.ahead) if turns <= _PEELED[sums.turns] else turns
+        followed -= followed % sums.turns
         weights.begin(turns, early=True)
         wait_for_grids(args, loops=followed if max_rows is None else 0)  # few rows have few sums to finish
+        sums.begin()
 
-        def one_turn(turn: Expr) -> None:
+        def one_turn(turn: Expr, number: int, left: int | None) -> None:
+            weights.advance(turn, left)
             group = T.bind(turn * s.warps + warp)
+            sums.advance(turn, number, last=left is not None and left < sums.turns)
             with branch(group < groups, always=groups % s.warps == 0):
-                _one_group(args, s, weights, total, group, x, x_rows, t)
+                sums.add(group, number)
 
-        with T.serial(0, followed) as turn:
-            weights.advance(turn)
-            one_turn(turn)
-        for last in range(followed, turns):
-            weights.advance(last, turns - 1 - last)
-            one_turn(last)
-        _finish(args, s, total, max_rows, first_x, first, lane, warp)
-
-
-def _row_of_x(args: LinearArgs, max_rows: int | None, column: Expr) -> tuple[Expr, Expr | None]:
-    """The row of x that is a lane's column, and which lanes read it (None: all): one row is the first column."""
-    if max_rows == 1:
-        return 0, column == 0
-    return T.bind(T.min(column, args.m32 - 1)), None
+        with T.serial(0, followed // sums.turns, unroll=False if sums.turns > 1 else None) as many:
+            for number in range(sums.turns):
+                one_turn(many * sums.turns + number, number, None)
+        for turn in range(followed, turns):
+            one_turn(turn, turn % sums.turns, turns - 1 - turn)
+        _finish(args, s, sums.values(), rows, max_rows, first_x, first, lane, warp)
 
 
-def _one_group(
-    args: LinearArgs,
-    s: MatrixGemvSchedule,
-    weights: TileWeights,
-    total: Buffer,
-    group: Expr,
-    x: Buffer,
-    x_rows: list[tuple[Expr, Expr | None]],
-    t: Expr,
-) -> None:
-    """total += scale * (W - z) x over one group. `x_rows`: a row, and who reads it; others keep `x`."""
-    acc = local(s.tiles * s.columns * 4, "float32")
-    a, b = local(s.tiles * 8, "uint32"), local(4, "uint32")
-    for i in range(s.tiles * s.columns * 4):
-        T.buffer_store(acc, tirx.const(0, "float32"), [i])
-    for w in range(WORDS):
-        weights.decode(w, a, scaled=False)
-        for c, (x_row, read) in enumerate(x_rows):
-            with branch(read, always=read is None):
-                T.buffer_store(x, args.x[x_row, ramp(group * GROUP + t * 32 + w * 8, 8)], [ramp(0, 8)])
-            call("awq_pairs_f16", pointer(b, 0), pointer(x, 0))
-            for i, step in ((i, step) for i in range(s.tiles) for step in range(2)):
-                operands = ((acc, (i * s.columns + c) * 4), (a, i * 8 + step * 4), (b, step * 2))
-                call("awq_mma_m16n8k16_f16f32", *(pointer(*operand) for operand in operands))
-    for i, half in ((i, half) for i in range(s.tiles) for half in range(2)):
-        scale = weights.scale(i * 2 + half)
-        for c, column in ((c, column) for c in range(s.columns) for column in range(2)):
-            at = (i * s.columns + c) * 4 + half * 2 + column
-            T.buffer_store(total, total[at] + acc[at] * scale, [at])
+class _Rows:
+    """Sums of eight rows of x a column, and their operands: a lane reads a word's x where it meets it.
+
+    For tile i, column c and half h (rows g and g + 8 of the tile) two values, of rows 2 t and 2 t + 1 of the column.
+    """
+
+    turns: Final = 1
+
+    def __init__(
+        self, args: LinearArgs, s: MatrixGemvSchedule, weights: TileWeights, x_rows: list[Expr], t: Expr
+    ) -> None:
+        self._args, self._s, self._weights, self._x_rows, self._t = args, s, weights, x_rows, t
+        self._total = zeros(s.tiles * s.columns * 4)
+        self._x = local(8, "float16")
+
+    def begin(self) -> None:
+        pass
+
+    def advance(self, turn: Expr, number: int, *, last: bool) -> None:
+        pass
+
+    def add(self, group: Expr, number: int) -> None:
+        """total += scale * (W - z) x over one group."""
+        s, x = self._s, self._x
+        acc = zeros(s.tiles * s.columns * 4)
+        a, b = local(s.tiles * 8, "uint32"), local(4, "uint32")
+        for w in range(WORDS):
+            self._weights.decode(w, a, scaled=False)
+            for c, x_row in enumerate(self._x_rows):
+                T.buffer_store(x, self._args.x[x_row, ramp(group * GROUP + self._t * 32 + w * 8, 8)], [ramp(0, 8)])
+                call("awq_pairs_f16", pointer(b, 0), pointer(x, 0))
+                for i in range(s.tiles):
+                    _multiply(acc, (i * s.columns + c) * 4, a, i * 8, b, 0)
+        for i, half in ((i, half) for i in range(s.tiles) for half in range(2)):
+            scale = self._weights.scale(i * 2 + half)
+            for c, column in ((c, column) for c in range(s.columns) for column in range(2)):
+                at = (i * s.columns + c) * 4 + half * 2 + column
+                T.buffer_store(self._total, self._total[at] + acc[at] * scale, [at])
+
+    def values(self) -> list[Expr]:
+        return [self._total[i] for i in range(self._s.tiles * self._s.columns * 4)]
+
+
+class _Words:
+    """Sums of fewer rows, whose words stand side by side in the columns, and their operands.
+
+    `turns`: over so many groups of a warp the words of one read reach. The words of the next read are on their way.
+    """
+
+    def __init__(
+        self, args: LinearArgs, s: MatrixGemvSchedule, weights: TileWeights, rows: int, warp: Expr, g: Expr, t: Expr
+    ) -> None:
+        self._args, self._s, self._weights, self._warp, self._t = args, s, weights, warp, t
+        self._side = COLUMNS // rows
+        self.turns: Final = max(1, self._side // WORDS)
+        self._row, self._slot = T.bind(T.min(g // self._side, args.m32 - 1)) if rows > 1 else 0, T.bind(g % self._side)
+        self._reads = self.turns * WORDS // self._side
+        self._ahead, self._b = local(self._reads * 8, "float16"), local(self._reads * 4, "uint32")
+        self._total = zeros(s.tiles * 2 * self.turns)
+
+    def begin(self) -> None:
+        self._read(0)
+
+    def advance(self, turn: Expr, number: int, *, last: bool) -> None:
+        """x of this turn is the current one, and a later one is read unless this is the last."""
+        if number:
+            return
+        for read in range(self._reads):
+            call("awq_pairs_f16", pointer(self._b, read * 4), pointer(self._ahead, read * 8))
+        if not last:
+            self._read(turn + self.turns)
+
+    def _read(self, turn: Expr) -> None:
+        last = self._args.problem.k // GROUP - 1
+        for read in range(self._reads):
+            word = T.bind(read * self._side + self._slot) if self.turns == 1 else self._slot
+            group = T.bind(T.min((turn + word // WORDS) * self._s.warps + self._warp, last))
+            x = self._args.x[self._row, ramp(group * GROUP + self._t * 32 + word % WORDS * 8, 8)]
+            T.buffer_store(self._ahead, x, [ramp(read * 8, 8)])
+
+    def add(self, group: Expr, number: int) -> None:
+        """total += scale * (W - z) x over one group, of `number` in a read."""
+        tiles, apart = self._s.tiles, min(self._side, WORDS) // 2  # lanes that hold words of one row and group
+        a, partial = local(8, "uint32"), zeros(tiles * 2 * apart)
+        for i, w in ((i, w) for i in range(tiles) for w in range(WORDS)):
+            self._weights.decode(w, a, scaled=False, tile=i)
+            slot, acc = (number * WORDS + w) % self._side, zeros(4)
+            _multiply(acc, 0, a, 0, self._b, (number * WORDS + w) // self._side * 4)
+            for half in range(2):
+                at = (i * 2 + half) * apart + slot // 2 % apart
+                T.buffer_store(partial, partial[at] + acc[half * 2 + slot % 2], [at])
+        for row in range(tiles * 2):
+            kept = partial[row] if apart == 1 else T.Select(self._t % 2 == 0, partial[row * 2], partial[row * 2 + 1])
+            at = row * self.turns + number
+            T.buffer_store(self._total, self._total[at] + kept * self._weights.scale(row), [at])
+
+    def values(self) -> list[Expr]:
+        """One of a tile's row: of row 4 t / side of x, added up over the lanes that share it where t is the first."""
+        total = [self._total[i] for i in range(self._s.tiles * 2 * self.turns)]
+        if self.turns > 1:
+            total = [T.Select(self._t < 2, even, odd) for even, odd in zip(total[::2], total[1::2], strict=True)]
+        return sum_over_threads(total, self._t, self._side // 2, 32)
+
+
+def _multiply(acc: Buffer, at: int, a: Buffer, a_at: int, b: Buffer, b_at: int) -> None:
+    """The 16 weights of a word of two rows times those of x."""
+    for step in range(2):
+        operands = ((acc, at), (a, a_at + step * 4), (b, b_at + step * 2))
+        call("awq_mma_m16n8k16_f16f32", *(pointer(*operand) for operand in operands))
 
 
 def _finish(
     args: LinearArgs,
     s: MatrixGemvSchedule,
-    total: Buffer,
+    values: list[Expr],
+    rows: int,
     max_rows: int | None,
     first_x: Expr,
     first: Expr,
@@ -143,36 +224,37 @@ def _finish(
     """Adds the warps' sums and stores what lies within M and N."""
     problem = args.problem
     pairs = problem.epilogue.activation == "silu_mul"
-    outputs, sums = ROWS // 2 if pairs else ROWS, s.tiles * s.columns * 4
+    outputs, wide = ROWS // 2 if pairs else ROWS, rows == COLUMNS
+    columns, each = (s.columns, 2) if wide else (1, 1)  # a lane's values of a tile's row: columns times each
     if s.stages > 1:  # sums may lie where words did
         call("awq_cp_async_wait_0")
         barrier()
-    shared = T.alloc_buffer((s.warps * sums * 32,), "float32", scope="shared")
-    for i in range(sums):
-        T.buffer_store(shared, total[i], [(warp * sums + i) * 32 + lane])
+    shared = T.alloc_buffer((s.warps * len(values) * 32,), "float32", scope="shared")
+    for i, value in enumerate(values):
+        T.buffer_store(shared, value, [(warp * len(values) + i) * 32 + lane])
     barrier()
     # One result, or a gate and its up, for a lane of one warp, in turn.
     items = [
         (i, c, half, column)
         for i in range(s.tiles)
-        for c in range(s.columns)
+        for c in range(columns)
         for half in range(1 if pairs else 2)
-        for column in range(1 if max_rows == 1 else 2)
+        for column in range(each)
     ]
     for number, (i, c, half, column) in enumerate(items):
         with branch(warp == number % s.warps, always=s.warps == 1):
 
-            def summed(part: int, at: int = (i * s.columns + c) * 4 + column) -> Expr:
+            def summed(part: int, at: int = (i * columns + c) * 2 * each + column) -> Expr:
                 value = Registers(1)
-                value[0] = shared[(at + part * 2) * 32 + lane]
+                value[0] = shared[(at + part * each) * 32 + lane]
                 for other in range(1, s.warps):
-                    value[0] = value[0] + shared[(other * sums + at + part * 2) * 32 + lane]
+                    value[0] = value[0] + shared[(other * len(values) + at + part * each) * 32 + lane]
                 return value[0]
 
             gate, value = (summed(0), summed(1)) if pairs else (None, summed(half))
-            m = T.bind(first_x + c * COLUMNS + lane % 4 * 2 + column)
-            n = T.bind(first + i * outputs + half * 8 + lane // 4)
-            inside = m < (1 if max_rows == 1 else args.m32)
+            t, n = lane % 4, T.bind(first + i * outputs + half * 8 + lane // 4)
+            m = T.bind(first_x + c * COLUMNS + t * 2 + column if wide else t * rows // 4)
+            inside = tirx.all(m < (args.m32 if rows > 1 else 1), wide or t * rows % 4 == 0)
             if problem.n % (outputs * s.tiles):
                 inside = tirx.all(inside, n < problem.n)
             with T.If(inside), T.Then():

@@ -79,16 +79,16 @@ class TileWeights:
     def advance(self, turn: Expr, left: int | None = None) -> None:
         """The group of `turn` is the current one, and a later one is read.
 
-        `left`: turns behind this one, where they are no more than `ahead`: their words are on their way.
+        `left`: turns behind this one, where it is known; the words of `ahead` are on their way.
         """
         if self._stages > 1:
-            call(f"awq_cp_async_wait_{self.ahead - 1 if left is None else left}")
+            call(f"awq_cp_async_wait_{self.ahead - 1 if left is None else min(left, self.ahead - 1)}")
         for i in range(len(self._rows)):
             words = self._waiting[ramp(self._place(turn, i), WORDS)]
             T.buffer_store(self._words, words, [ramp(i * WORDS, WORDS)])
             T.buffer_store(self._scales, self._scales_ahead[i], [i])
             T.buffer_store(self._zeros, self._zeros_ahead[i], [i])
-        if left is None:
+        if left is None or left >= self.ahead:
             self._fetch_words(turn + self.ahead)
         if left != 0:
             self._fetch_scales(turn + 1)
@@ -124,19 +124,21 @@ class TileWeights:
         """Of row g (even) or g + 8 (odd) of tile `row` / 2, in float32."""
         return T.bind(cast("float32", self._scales[row], 1))
 
-    def decode(self, word: int, a: Buffer, *, scaled: bool) -> None:
+    def decode(self, word: int, a: Buffer, *, scaled: bool, tile: int | None = None) -> None:
         """Fills `a` with the operands of two instructions a tile, 4 registers each: a word's 8 weights of every row.
+
+        Of one `tile` alone, or of all.
 
         Codes without their zero points are exact. Times their scale they are rounded to float16, as where weights are
         dequantised in memory.
         """
-        for row in range(len(self._rows)):
-            tile, half = divmod(row, 2)
+        rows = range(len(self._rows)) if tile is None else (tile * 2, tile * 2 + 1)
+        for place, row in enumerate(rows):
             call("awq_decode_u4", pointer(self._decoded, 0), self._words[row * WORDS + word], self._zeros[row])
             if scaled:
                 call("awq_scale_f16", pointer(self._decoded, 0), pointer(self._scales, row))
             for pair in range(4):  # a[0], a[2] of the first instruction, then of the second
-                T.buffer_store(a, self._decoded[pair], [tile * 8 + pair // 2 * 4 + pair % 2 * 2 + half])
+                T.buffer_store(a, self._decoded[pair], [place // 2 * 8 + pair // 2 * 4 + pair % 2 * 2 + place % 2])
 
 
 def _rows(problem: MatmulProblem, first: Expr, g: Expr) -> tuple[Expr, Expr]:
@@ -150,6 +152,14 @@ def _rows(problem: MatmulProblem, first: Expr, g: Expr) -> tuple[Expr, Expr]:
 def local(count: int, dtype: str) -> Buffer:
     """Registers."""
     return T.alloc_buffer((count,), dtype, scope="local")
+
+
+def zeros(count: int) -> Buffer:
+    """Registers that hold 0 in float32."""
+    buffer = local(count, "float32")
+    for i in range(count):
+        T.buffer_store(buffer, tirx.const(0, "float32"), [i])
+    return buffer
 
 
 def pointer(buffer: Buffer, offset: Expr) -> Expr:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, Protocol, Self
 
 from awq_compile.errors import CompileError
-from awq_compile.problem import MatmulProblem, serves
+from awq_compile.problem import ROW_BUCKETS, MatmulProblem, serves
 from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
@@ -28,10 +28,12 @@ STATUSES: Final[tuple[Status, ...]] = ("ok", "wrong", "failed", "crashed", "hung
 
 
 def rows_of(bucket: str, schedules: LinearSchedule) -> int:
-    """M at which a bucket is measured: more of them for `gemm` where it gets only many."""
-    if bucket == "gemm" and schedules.medium is not None:
-        return 1024
-    return {"gemv": 1, "small": 4, "medium": 16, "broad": 32, "large": 64, "wide": 256, "gemm": 128}[bucket]
+    """M at which a bucket is measured: more of them where it does not get the few as well."""
+    if bucket == "gemm":
+        return 128 if schedules.medium is None else 1024
+    if bucket == "small" and schedules.quad is None:
+        return 4
+    return ROW_BUCKETS[bucket]
 
 
 @dataclass(frozen=True)

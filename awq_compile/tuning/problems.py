@@ -21,13 +21,13 @@ from awq_compile.tuning.cost import roofline_seconds
 from awq_compile.tuning.database import ScheduleDatabase
 from awq_compile.tuning.measure import Work, rows_of
 
-_BATCHES: Final = dict.fromkeys(("small", "medium", "broad", "large"), "batch_decode")
+_BATCHES: Final = dict.fromkeys(("pair", "quad", "small", "medium", "broad", "large"), "batch_decode")
 _STEPS: Final = {"gemv": "decode", **_BATCHES, "wide": "prefill", "gemm": "prefill"}
 
 
 @dataclass(frozen=True)
 class Share:
-    """A work and what it takes, by the roofline, of one step of decoding (of a batch, from `small` to `large`) or of
+    """A work and what it takes, by the roofline, of one step of decoding (of a batch, from `pair` to `large`) or of
     one prefill: `calls` a step, and `share` of the time of all linears of that step.
     """
 

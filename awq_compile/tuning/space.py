@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
-from awq_compile.problem import MatmulProblem
+from awq_compile.problem import FEW_ROWS, MatmulProblem
 from awq_compile.schedules import (
     LANES,
     WGMMA_COLUMNS,
@@ -127,7 +127,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "magic": magic,
         }
     if isinstance(rule, MatrixGemvSchedule):
-        many = bucket not in ("gemv", "small")
+        many = bucket not in FEW_ROWS
         return {
             "warps": (1, 2, 4, 8, 16, 32),
             "tiles": (1, 2, 4),
@@ -270,7 +270,7 @@ def _why_not_matrix(
     if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
         return f"{name} has no tensor cores for {problem.spec.name}"
     if isinstance(s, MatrixGemvSchedule):
-        if bucket in ("gemv", "small") and s.columns > 1:
+        if bucket in FEW_ROWS and s.columns > 1:
             return f"{8 * s.columns} rows of x for at most 8"
         if s.warps > problem.k // 128:
             return f"{s.warps} warps for {problem.k // 128} groups"

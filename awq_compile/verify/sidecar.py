@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from awq_compile.errors import ArtifactError
 from awq_compile.manifest import file_sha256
+from awq_compile.targets.cuda_launch import with_waits
 from awq_compile.targets.cuda_source import with_digest
 from awq_compile.verify.launch_table import Table
 
@@ -67,7 +68,7 @@ def write_sidecar(library: Path, tables: Mapping[str, Table], module: Any) -> No
 def cuda_source(module: Any) -> str:
     """CUDA C++ of the CUDA module among the imports of a runtime module; empty where there is none."""
     if str(module.kind) == "cuda":
-        return str(module.inspect_source("cuda"))
+        return with_waits(str(module.inspect_source("cuda")))
     return next((text for imported in module.imports if (text := cuda_source(imported))), "")
 
 

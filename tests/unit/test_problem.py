@@ -51,11 +51,17 @@ def test_the_tag_holds_the_whole_problem(problem: MatmulProblem) -> None:
 
 def test_buckets_of_rows() -> None:
     """A kernel of many rows may also get those of the buckets that have none of their own."""
-    found = [row_bucket(m) for m in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 256, 257)]
-    few, many = ["gemv", "small", "small"], ["medium", "broad", "large", "wide"]
+    found = [row_bucket(m) for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 256, 257)]
+    few, many = ["gemv", "pair"], ["quad", "small", "medium", "broad", "large", "wide"]
     assert found == [*few, *(bucket for bucket in many for _ in range(2)), "gemm"]
-    assert [serves(bucket, 64) for bucket in ROW_BUCKETS] == [False, False, False, False, True, True, True]
-    assert [serves(bucket, 8) for bucket in ROW_BUCKETS] == [False, True, False, False, False, False, False]
+    for rows, serving in (
+        (1, ("gemv",)),
+        (2, ("pair", "quad", "small")),
+        (8, ("small",)),
+        (9, ("medium", "broad", "large", "wide", "gemm")),
+        (64, ("large", "wide", "gemm")),
+    ):
+        assert tuple(bucket for bucket in ROW_BUCKETS if serves(bucket, rows)) == serving
 
 
 @pytest.mark.parametrize(

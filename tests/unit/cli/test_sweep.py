@@ -68,7 +68,7 @@ def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text('models = ["a", "b"]\nseconds = 9\n[[device]]\ntarget = "cpu"\n')
     device = SweepDevice("cpu", "cpu")
-    buckets = ("gemv", "small", "medium", "broad", "large", "wide", "gemm")
+    buckets = ("gemv", "pair", "quad", "small", "medium", "broad", "large", "wide", "gemm")
     assert read_sweep(path) == [Cell(model, None, device, buckets, 64, 24, 0, 9) for model in ("a", "b")]
 
 

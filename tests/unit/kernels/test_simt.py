@@ -82,9 +82,9 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
     """Three warps share four groups unevenly; tails in N; gates beside their ups."""
     spec = QuantSpec(4, 128, symmetric)
     few, many = MatrixGemvSchedule(3, tiles, 1, stages), MatrixGemvSchedule(tiles, tiles, 2 * tiles, stages)
-    chosen = LinearSchedule(few, few, many)
+    chosen = LinearSchedule(few, few, many, pair=few, quad=few)
     for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul")):
-        check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 8, 9, 37))
+        check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 4, 5, 8, 9, 37))
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
@@ -96,8 +96,8 @@ def test_turns_behind_the_loop(groups: int, stages: int) -> None:
     check(
         MatmulProblem(24, 128 * groups, QuantSpec(4, 128), Epilogue(), "float16"),
         "cuda",
-        LinearSchedule(one, one, many),
-        (1, 3, 20),
+        LinearSchedule(one, one, many, pair=one, quad=one),
+        (1, 2, 3, 8, 20),
     )
 
 

@@ -73,7 +73,8 @@ static inline void awq_scale_f16(uint32_t* d, const void* scale) {
 template <int>
 static inline void awq_resident() {}
 static inline void awq_grid_launch_dependents() {}
-static inline void awq_grid_wait(const void*, const void*, const void* = nullptr) {}
+template <typename... Buffers>
+static inline void awq_grid_wait(Buffers...) {}
 
 // ---- wgmma: a warp's 16 rows need nothing of the others ----
 static inline void awq_arrange_f16(void* row, const void* x, int word, int number) {
