@@ -15,7 +15,7 @@ from awq_compile.problem import Epilogue, MatmulProblem
 from awq_compile.schedules import MatrixGemvSchedule, StagedMatrixSchedule, WarpgroupSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.cuda import CudaTarget, with_device_functions
-from awq_compile.targets.cuda_launch import TAG, check_tags, waiting_kernels
+from awq_compile.targets.cuda_launch import TAG, check_tags, waiting_kernels, with_waits
 from awq_compile.targets.vulkan.blob import (
     Blob,
     BlobModule,
@@ -99,15 +99,23 @@ def test_resident_blocks_are_a_launch_bound() -> None:
 
 
 @pytest.mark.parametrize(("archs", "early"), [("sm_90", True), ("sm_100+sm_120", True), ("sm_80+sm_90", False)])
-def test_kernels_that_wait_are_tagged_at_export(archs: str, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the oldest architecture knows of it; what the host passes for dynamic shared memory stays last."""
+def test_kernels_wait_first_and_are_tagged_at_export(archs: str, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but one with too many buffers, where the oldest architecture knows of it.
+
+    What the host passes for dynamic shared memory stays last. Ours keep the place of their wait.
+    """
+    many = ", ".join(f"float* __restrict__ p{i}_ptr" for i in range(17))
     source = "".join(
-        f'extern "C" __global__ void __launch_bounds__(32) {name}(float* __restrict__ y_ptr){end}'
-        for name, body in (("first", "  awq_grid_wait(y_ptr);\n"), ("second", "  y_ptr[0] = 1;\n"))
+        f'extern "C" __global__ void __launch_bounds__(32) {name}({buffers}){end}'
+        for name, buffers, body in (
+            ("ours", "float* __restrict__ y_ptr", "  float w = 0;\n  awq_grid_wait(y_ptr);\n"),
+            ("second", "const half* __restrict__ x_ptr, float* __restrict__ y_ptr, int n", "  y_ptr[0] = x_ptr[0];\n"),
+            ("third", many, "  p0_ptr[0] = 1;\n"),
+        )
         for end in (";\n", f" {{\n{body}}}\n")
     )
     tags = ("blockIdx.x", "threadIdx.x", DYNAMIC)
-    functions = {name: FunctionInfo(name, ("handle",), tags) for name in ("first", "second")}
+    functions = {name: FunctionInfo(name, ("handle",), tags) for name in ("ours", "second", "third")}
     monkeypatch.setattr(CudaTarget, "machine_code", lambda self, text: (text.encode(), "fatbin"))
     target = resolve_target(f"cuda:{archs}")
     assert isinstance(target, CudaTarget)
@@ -116,10 +124,16 @@ def test_kernels_that_wait_are_tagged_at_export(archs: str, early: bool, monkeyp
     assert made.payload is not None
     found, _ = parse_opencl_payload(made.payload)
     assert {name: info.launch_tags for name, info in found.items()} == {
-        "first": (TAG, *tags) if early else tags,
-        "second": tags,
+        "ours": (TAG, *tags) if early else tags,
+        "second": (TAG, *tags) if early else tags,
+        "third": tags,
     }
-    check_tags(found, source)
+    text = with_waits(source)
+    assert re.findall(r"\{\n  (awq_grid_launch.*\n.*)", text) == [
+        "awq_grid_launch_dependents();\n  awq_grid_wait(x_ptr, y_ptr);"
+    ]
+    assert text.count("awq_grid_wait(") == 2 and "w = 0;\n  awq_grid_wait(y_ptr);\n}" in text
+    check_tags(found, text)
     if early:
-        with pytest.raises(ArtifactError, match="launches first while earlier kernels run"):
-            check_tags(found, source.replace("awq_grid_wait", "awq_grid"))
+        with pytest.raises(ArtifactError, match="launches ours while earlier kernels run"):
+            check_tags(found, text.replace("awq_grid_wait", "awq_grid"))
