@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from awq_compile.errors import CompileError
-from awq_compile.formats import QuantSpec, WeightSpec
-from awq_compile.problem import ROW_BUCKETS
+from awq_compile.formats import QuantSpec
+from awq_compile.problem import ROW_BUCKETS, MatmulProblem
 
 LANES: Final = (1, 2, 4, 8, 16)
 UNITS: Final = (8, 16, 32)
@@ -139,9 +139,15 @@ class MatrixGemvSchedule:
         return self.threads * (self.tiles * self.columns * 16 + words)
 
     @staticmethod
-    def takes(spec: WeightSpec) -> bool:
-        """Whether the template reads a format: 4 bits, groups of 128, rows of W that lie together."""
-        return isinstance(spec, QuantSpec) and (spec.bits, spec.group, spec.order) == (4, 128, "NK")
+    def groups(problem: MatmulProblem) -> int:
+        """Groups along K that warps share; 0 where the template does not take the weights.
+
+        It takes 4 bits in groups of 128 whose rows of W lie together, and float16, of which 64 make a group.
+        """
+        spec = problem.spec
+        if isinstance(spec, QuantSpec):
+            return problem.k // 128 if (spec.bits, spec.group, spec.order) == (4, 128, "NK") else 0
+        return 0 if problem.k % 64 else problem.k // 64
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
-from awq_compile.formats import QuantSpec
+from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
@@ -69,7 +69,7 @@ _UNITS: Final = 132
 
 def _filling(problem: MatmulProblem, warps: int, shapes: tuple[MatrixGemvSchedule, ...]) -> MatrixGemvSchedule:
     """The first of which a multiprocessor gets at most so many warps; else the last."""
-    groups = problem.k // 128
+    groups = MatrixGemvSchedule.groups(problem)
 
     def held(s: MatrixGemvSchedule) -> bool:
         return -(-problem.weight_rows // (16 * s.tiles)) * s.warps <= warps * _UNITS
@@ -103,6 +103,12 @@ def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
     """5 to 8 rows: half as many warps, with twice the registers."""
     shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), (4, 4, 1, 2, 1))
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
+
+
+def _floats(problem: MatmulProblem) -> dict[str, MatrixGemvSchedule]:
+    """By bucket, for float16 weights: an LM head has many rows."""
+    few = _filling(problem, 16, (MatrixGemvSchedule(8), MatrixGemvSchedule(4)))
+    return {**dict.fromkeys(("gemv", "pair", "quad", "small"), few), "medium": replace(few, columns=2)}
 
 
 def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:
@@ -181,8 +187,10 @@ class CudaTarget(GpuTarget):
     def rule(self, problem: MatmulProblem) -> LinearSchedule:
         """W decoded in registers for tensor cores, where the format and the oldest architecture allow it."""
         chosen = super().rule(problem)
-        if not MatrixGemvSchedule.takes(problem.spec) or _mma_k(self.archs[0]) < 16:
+        if not MatrixGemvSchedule.groups(problem) or _mma_k(self.archs[0]) < 16:
             return chosen
+        if isinstance(problem.spec, Float16Spec):
+            return replace(chosen, **_floats(problem))
         gemm = StagedMatrixSchedule(8, 2, 16)
         chosen = LinearSchedule(
             gemv=_one(problem),

@@ -58,6 +58,11 @@ __device__ __forceinline__ void awq_pairs_f16(unsigned* d, const void* x) {
   d[2] = __byte_perm(u[1], u[3], 0x5410);
   d[3] = __byte_perm(u[1], u[3], 0x7632);
 }
+__device__ __forceinline__ void awq_words_f16(unsigned* d, const void* x) {
+  const unsigned* u = static_cast<const unsigned*>(x);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = u[i];
+}
 __device__ __forceinline__ void awq_load_16(unsigned* d, const void* from) {  // of what is read once
   asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "l"(from));

@@ -16,12 +16,12 @@ from typing import Any, Final
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from awq_compile.formats import Float16Spec
 from awq_compile.kernels.linear import LinearArgs
 from awq_compile.kernels.mma_weights import (
     COLUMNS,
-    GROUP,
     ROWS,
-    WORDS,
+    TileFloats,
     TileWeights,
     call,
     launch_dependents,
@@ -37,9 +37,9 @@ from awq_compile.schedules import MatrixGemvSchedule
 Expr = Any
 Buffer = Any
 
-# Up to so many turns, the last ones stand behind the loop, where no group is read that nobody uses; by an H200. By how
-# many turns go into one of the loop.
-_PEELED: Final = {1: 8, 2: 2}
+# Up to so many turns, the last ones stand behind the loop, where no group is read that nobody uses. Where a turn of the
+# loop takes several, only if these are all: by an H200.
+_PEELED: Final = 8
 
 
 def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int | None) -> None:
@@ -48,7 +48,7 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
     rows = max_rows if max_rows in (1, 2, 4) else COLUMNS
     pairs = problem.epilogue.activation == "silu_mul"
     outputs = ROWS // 2 if pairs else ROWS  # of a tile
-    groups, across = problem.k // GROUP, rows * s.columns
+    across = rows * s.columns
     one_block = max_rows is not None and max_rows <= across
     with (
         T.launch_thread("blockIdx.x", -(-problem.n // (outputs * s.tiles))) as bx,
@@ -62,23 +62,18 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         place, t = T.bind(lane // 4), T.bind(lane % 4)
         first = T.bind(bx * (outputs * s.tiles))
         firsts, thread = [first + i * outputs for i in range(s.tiles)], T.bind(warp * 32 + lane)
-        weights = TileWeights(
-            *(args, firsts, place, t),
-            first=warp,
-            step=s.warps,
-            stages=s.stages,
-            thread=thread,
-            threads=s.threads,
-        )
+        weights = _weights(args, s, firsts, place, t, warp, thread)
         first_x = 0 if one_block else T.bind(by * across)
+        groups = problem.k // weights.group
         turns = -(-groups // s.warps)
         sums: _Rows | _Words
         if rows == COLUMNS:
             x_rows = [T.bind(T.min(first_x + c * COLUMNS + place, args.m32 - 1)) for c in range(s.columns)]
-            sums = _Rows(args, s, weights, x_rows, t)
+            sums = _Rows(args, s, weights, x_rows)
         else:
             sums = _Words(args, s, weights, rows, warp, place, t)
-        followed = max(0, turns - weights.ahead) if turns <= _PEELED[sums.turns] else turns
+        peeled = _PEELED if sums.turns == 1 else sums.turns
+        followed = max(0, turns - weights.ahead) if turns <= peeled else turns
         followed -= followed % sums.turns
         weights.begin(turns, early=True)
         wait_for_grids(args, loops=followed if max_rows is None else 0)  # few rows have few sums to finish
@@ -99,6 +94,15 @@ def emit_mma_gemv(args: LinearArgs, schedule: MatrixGemvSchedule, max_rows: int 
         _finish(args, s, sums.values(), rows, max_rows, first_x, first, lane, warp)
 
 
+def _weights(
+    args: LinearArgs, s: MatrixGemvSchedule, firsts: list[Expr], g: Expr, t: Expr, warp: Expr, thread: Expr
+) -> TileWeights | TileFloats:
+    if isinstance(args.problem.spec, Float16Spec):
+        return TileFloats(args, firsts, g, t, first=warp, step=s.warps)
+    staged = {"stages": s.stages, "thread": thread, "threads": s.threads}
+    return TileWeights(args, firsts, g, t, first=warp, step=s.warps, **staged)
+
+
 class _Rows:
     """Sums of eight rows of x a column, and their operands: a lane reads a word's x where it meets it.
 
@@ -108,9 +112,9 @@ class _Rows:
     turns: Final = 1
 
     def __init__(
-        self, args: LinearArgs, s: MatrixGemvSchedule, weights: TileWeights, x_rows: list[Expr], t: Expr
+        self, args: LinearArgs, s: MatrixGemvSchedule, weights: TileWeights | TileFloats, x_rows: list[Expr]
     ) -> None:
-        self._args, self._s, self._weights, self._x_rows, self._t = args, s, weights, x_rows, t
+        self._args, self._s, self._weights, self._x_rows = args, s, weights, x_rows
         self._total = zeros(s.tiles * s.columns * 4)
         self._x = local(8, "float16")
 
@@ -125,18 +129,18 @@ class _Rows:
         s, x = self._s, self._x
         acc = zeros(s.tiles * s.columns * 4)
         a, b = local(s.tiles * 8, "uint32"), local(4, "uint32")
-        for w in range(WORDS):
+        for w in range(self._weights.words):
             self._weights.decode(w, a, scaled=False)
             for c, x_row in enumerate(self._x_rows):
-                T.buffer_store(x, self._args.x[x_row, ramp(group * GROUP + self._t * 32 + w * 8, 8)], [ramp(0, 8)])
-                call("awq_pairs_f16", pointer(b, 0), pointer(x, 0))
+                k = group * self._weights.group + self._weights.place_of(w)
+                T.buffer_store(x, self._args.x[x_row, ramp(k, 8)], [ramp(0, 8)])
+                self._weights.pair(b, 0, x, 0)
                 for i in range(s.tiles):
                     _multiply(acc, (i * s.columns + c) * 4, a, i * 8, b, 0)
         for i, half in ((i, half) for i in range(s.tiles) for half in range(2)):
-            scale = self._weights.scale(i * 2 + half)
             for c, column in ((c, column) for c in range(s.columns) for column in range(2)):
                 at = (i * s.columns + c) * 4 + half * 2 + column
-                T.buffer_store(self._total, self._total[at] + acc[at] * scale, [at])
+                T.buffer_store(self._total, self._total[at] + self._weights.scaled(acc[at], i * 2 + half), [at])
 
     def values(self) -> list[Expr]:
         return [self._total[i] for i in range(self._s.tiles * self._s.columns * 4)]
@@ -149,13 +153,21 @@ class _Words:
     """
 
     def __init__(
-        self, args: LinearArgs, s: MatrixGemvSchedule, weights: TileWeights, rows: int, warp: Expr, g: Expr, t: Expr
+        self,
+        args: LinearArgs,
+        s: MatrixGemvSchedule,
+        weights: TileWeights | TileFloats,
+        rows: int,
+        warp: Expr,
+        g: Expr,
+        t: Expr,
     ) -> None:
         self._args, self._s, self._weights, self._warp, self._t = args, s, weights, warp, t
         self._side = COLUMNS // rows
-        self.turns: Final = max(1, self._side // WORDS)
+        self.turns: Final = max(1, self._side // weights.words)
+        self._apart: Final = min(self._side, weights.words) // 2  # lanes that hold words of one row and group
         self._row, self._slot = T.bind(T.min(g // self._side, args.m32 - 1)) if rows > 1 else 0, T.bind(g % self._side)
-        self._reads = self.turns * WORDS // self._side
+        self._reads = self.turns * weights.words // self._side
         self._ahead, self._b = local(self._reads * 8, "float16"), local(self._reads * 4, "uint32")
         self._total = zeros(s.tiles * 2 * self.turns)
 
@@ -167,39 +179,44 @@ class _Words:
         if number:
             return
         for read in range(self._reads):
-            call("awq_pairs_f16", pointer(self._b, read * 4), pointer(self._ahead, read * 8))
+            self._weights.pair(self._b, read * 4, self._ahead, read * 8)
         if not last:
             self._read(turn + self.turns)
 
     def _read(self, turn: Expr) -> None:
-        last = self._args.problem.k // GROUP - 1
+        weights = self._weights
+        last = self._args.problem.k // weights.group - 1
         for read in range(self._reads):
             word = T.bind(read * self._side + self._slot) if self.turns == 1 else self._slot
-            group = T.bind(T.min((turn + word // WORDS) * self._s.warps + self._warp, last))
-            x = self._args.x[self._row, ramp(group * GROUP + self._t * 32 + word % WORDS * 8, 8)]
+            group = T.bind(T.min((turn + word // weights.words) * self._s.warps + self._warp, last))
+            x = self._args.x[self._row, ramp(group * weights.group + weights.place_of(word % weights.words), 8)]
             T.buffer_store(self._ahead, x, [ramp(read * 8, 8)])
 
     def add(self, group: Expr, number: int) -> None:
         """total += scale * (W - z) x over one group, of `number` in a read."""
-        tiles, apart = self._s.tiles, min(self._side, WORDS) // 2  # lanes that hold words of one row and group
+        tiles, apart, words = self._s.tiles, self._apart, self._weights.words
         a, partial = local(8, "uint32"), zeros(tiles * 2 * apart)
-        for i, w in ((i, w) for i in range(tiles) for w in range(WORDS)):
+        for i, w in ((i, w) for i in range(tiles) for w in range(words)):
             self._weights.decode(w, a, scaled=False, tile=i)
-            slot, acc = (number * WORDS + w) % self._side, zeros(4)
-            _multiply(acc, 0, a, 0, self._b, (number * WORDS + w) // self._side * 4)
+            slot, acc = (number * words + w) % self._side, zeros(4)
+            _multiply(acc, 0, a, 0, self._b, (number * words + w) // self._side * 4)
             for half in range(2):
                 at = (i * 2 + half) * apart + slot // 2 % apart
                 T.buffer_store(partial, partial[at] + acc[half * 2 + slot % 2], [at])
         for row in range(tiles * 2):
             kept = partial[row] if apart == 1 else T.Select(self._t % 2 == 0, partial[row * 2], partial[row * 2 + 1])
             at = row * self.turns + number
-            T.buffer_store(self._total, self._total[at] + kept * self._weights.scale(row), [at])
+            T.buffer_store(self._total, self._total[at] + self._weights.scaled(kept, row), [at])
 
     def values(self) -> list[Expr]:
         """One of a tile's row: of row 4 t / side of x, added up over the lanes that share it where t is the first."""
-        total = [self._total[i] for i in range(self._s.tiles * 2 * self.turns)]
-        if self.turns > 1:
-            total = [T.Select(self._t < 2, even, odd) for even, odd in zip(total[::2], total[1::2], strict=True)]
+        total = []
+        for row in range(self._s.tiles * 2):
+            kept = self._total[row * self.turns]
+            for number in range(1, self.turns):  # of this one's words the lane's column holds x
+                mine = self._t % (self._side // 2) // self._apart == number
+                kept = T.Select(mine, self._total[row * self.turns + number], kept)
+            total.append(kept)
         return sum_over_threads(total, self._t, self._side // 2, 32)
 
 

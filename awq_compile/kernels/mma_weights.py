@@ -5,6 +5,8 @@ along K are taken is free as long as A and B agree, so a lane decodes whole word
 the 32 from 32 t on, 16 bytes, and its word w holds the pairs (8 w + a, 8 w + a + 4), a < 4, that two instructions take.
 With `silu_mul`, A's upper 8 rows are gates and its lower 8 the ups.
 
+float16 weights need no decoding: of a group of 64 a lane reads the 8 from 8 t on, and the 8 from 32 + 8 t on.
+
 Fragment layout: PTX ISA, "Matrix fragments for mma.m16n8k16". The decoding is that of Kim et al. 2022, "Who Says
 Elephants Can't Run" (section 4): 0x6400 | q is 1024 + q in float16.
 """
@@ -31,13 +33,16 @@ WORDS: Final = 4  # that a lane reads of a group
 
 
 class TileWeights:
-    """`firsts`: the first output of each tile; `g` and `t` are the lane's.
+    """INT4 in groups of 128. `firsts`: the first output of each tile; `g` and `t` are the lane's.
 
     In turn i the current group is `first` + i `step`; past the last group stands that one. The words of those that
     follow wait in registers (`stages` 1), or in the places that each of the block's `threads` has in shared memory,
     `stages` of them; a thread reads only what it wrote itself. Scales and zero points are read one turn ahead, into
     registers.
     """
+
+    group: Final = GROUP
+    words: Final = WORDS
 
     def __init__(
         self,
@@ -120,9 +125,17 @@ class TileWeights:
             return row * WORDS
         return ((number % self._stages * len(self._rows) + row) * self._threads + self._thread) * WORDS
 
-    def scale(self, row: int) -> Expr:
-        """Of row g (even) or g + 8 (odd) of tile `row` / 2, in float32."""
-        return T.bind(cast("float32", self._scales[row], 1))
+    def place_of(self, word: Expr) -> Expr:
+        """Where in a group the lane's word begins, and what x meets it."""
+        return self._t * 32 + word * 8
+
+    def pair(self, b: Buffer, at: int, x: Buffer, x_at: int) -> None:
+        """Fills `b` with the operands of two instructions: the 8 values of x that meet a word."""
+        call("awq_pairs_f16", pointer(b, at), pointer(x, x_at))
+
+    def scaled(self, value: Expr, row: int) -> Expr:
+        """A sum of row g (even) or g + 8 (odd) of tile `row` / 2 over a group, times the group's scale, in float32."""
+        return value * cast("float32", self._scales[row], 1)
 
     def decode(self, word: int, a: Buffer, *, scaled: bool, tile: int | None = None) -> None:
         """Fills `a` with the operands of two instructions a tile, 4 registers each: a word's 8 weights of every row.
@@ -137,8 +150,69 @@ class TileWeights:
             call("awq_decode_u4", pointer(self._decoded, 0), self._words[row * WORDS + word], self._zeros[row])
             if scaled:
                 call("awq_scale_f16", pointer(self._decoded, 0), pointer(self._scales, row))
-            for pair in range(4):  # a[0], a[2] of the first instruction, then of the second
-                T.buffer_store(a, self._decoded[pair], [place // 2 * 8 + pair // 2 * 4 + pair % 2 * 2 + place % 2])
+            for pair in range(4):
+                T.buffer_store(a, self._decoded[pair], [_operand(place, pair)])
+
+
+class TileFloats:
+    """float16 weights in the place of INT4: the words of a group of 64, and those of the next."""
+
+    group: Final = 64
+    words: Final = 2
+    ahead: Final = 1
+
+    def __init__(self, args: LinearArgs, firsts: list[Expr], g: Expr, t: Expr, *, first: Expr, step: int) -> None:
+        self._args, self._t, self._first, self._step = args, t, first, step
+        self._last = args.problem.k // self.group - 1
+        self._rows = [row for first in firsts for row in _rows(args.problem, first, g)]
+        self._size = len(self._rows) * self.words * 4
+        self._words, self._waiting = local(self._size, "uint32"), local(self._size, "uint32")
+
+    def begin(self, turns: int, *, early: bool = False) -> None:
+        """Reads what the first of `turns` needs. `early`: not behind `wait_for_grids` where that follows."""
+        self._fetch(0, early=early)
+
+    def advance(self, turn: Expr, left: int | None = None) -> None:
+        """The group of `turn` is the current one, and the next is read unless none is `left`."""
+        for i in range(0, self._size, 4):
+            T.buffer_store(self._words, self._waiting[ramp(i, 4)], [ramp(i, 4)])
+        if left != 0:
+            self._fetch(turn + 1)
+
+    def _fetch(self, turn: Expr, *, early: bool = False) -> None:
+        weight = self._args.weight[self._args.codes]
+        group = T.bind(T.min(self._first + turn * self._step, self._last))
+        for i, row in enumerate(self._rows):
+            for word in range(self.words):
+                offset = row * weight.shape[1] + group * self.group + self.place_of(word)
+                name = "awq_load_early_16" if early else "awq_load_16"
+                place = pointer(self._waiting, (i * self.words + word) * 4)
+                call(name, place, weight.access_ptr("r", offset=offset))
+
+    def place_of(self, word: Expr) -> Expr:
+        """Where in a group the lane's word begins, and what x meets it."""
+        return word * 32 + self._t * 8
+
+    def pair(self, b: Buffer, at: int, x: Buffer, x_at: int) -> None:
+        """Fills `b` with the operands of two instructions: the 8 values of x that meet a word."""
+        call("awq_words_f16", pointer(b, at), pointer(x, x_at))
+
+    def scaled(self, value: Expr, row: int) -> Expr:
+        """As of `TileWeights`; these have no scale."""
+        return value
+
+    def decode(self, word: int, a: Buffer, *, scaled: bool, tile: int | None = None) -> None:
+        """Fills `a` as `TileWeights` does."""
+        rows = range(len(self._rows)) if tile is None else (tile * 2, tile * 2 + 1)
+        for place, row in enumerate(rows):
+            for pair in range(4):
+                value = self._words[(row * self.words + word) * 4 + pair]
+                T.buffer_store(a, value, [_operand(place, pair)])
+
+
+def _operand(place: int, pair: int) -> int:
+    """Where in A's registers, those of the first instruction and then of the second, a word's pair of a row stands."""
+    return place // 2 * 8 + pair // 2 * 4 + pair % 2 * 2 + place % 2
 
 
 def _rows(problem: MatmulProblem, first: Expr, g: Expr) -> tuple[Expr, Expr]:

@@ -192,8 +192,8 @@ def _matrix_gemv(p: MatmulProblem, rows: int, s: MatrixGemvSchedule, roof: Roof)
     occupancy, waves = _parallel(blocks, s.threads, registers, s.shared_bytes, roof)
     in_flight = min(1.0, blocks * s.warps * s.stages / (32 * roof.units)) * min(1.0, 2 * occupancy)
     memory = least_bytes(p, rows) / (roof.bytes_per_second * in_flight)
-    # Nine instructions decode a word of eight weights; loads and pairs of x are shared by the tiles.
-    per_weight = 1.2 + s.columns * (0.15 + 0.6 / s.tiles)
+    # Nine instructions decode a word of eight INT4; loads and pairs of x are shared by the tiles.
+    per_weight = (0.1 if isinstance(p.spec, Float16Spec) else 1.2) + s.columns * (0.15 + 0.6 / s.tiles)
     compute = p.weight_rows * p.k * across * per_weight / (roof.flops_per_second / 2 * min(1.0, 4 * occupancy))
     return max(memory, compute) / waves + _BARRIER_SECONDS * s.warps * s.tiles * s.columns
 

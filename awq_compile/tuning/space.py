@@ -132,7 +132,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "warps": (1, 2, 4, 8, 16, 32),
             "tiles": (1, 2, 4),
             "columns": (1, 2, 4) if many else (1,),
-            "stages": (1, 2, 3, 4),
+            "stages": (1,) if isinstance(problem.spec, Float16Spec) else (1, 2, 3, 4),
             "resident": (0, 1, 2, 4, 8),
         }
     if isinstance(rule, StagedMatrixSchedule):
@@ -267,13 +267,18 @@ def _why_not_matrix(
         return f"{name} has no wgmma, which is sm_90's alone"
     if isinstance(s, WarpgroupSchedule) and not s.divides(problem.k):
         return f"{s.slices} slices for {problem.k // 128} groups"
-    if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
+    floats = isinstance(problem.spec, Float16Spec)
+    if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule) or (
+        floats and not isinstance(s, MatrixGemvSchedule)
+    ):
         return f"{name} has no tensor cores for {problem.spec.name}"
     if isinstance(s, MatrixGemvSchedule):
         if bucket in FEW_ROWS and s.columns > 1:
             return f"{8 * s.columns} rows of x for at most 8"
-        if s.warps > problem.k // 128:
-            return f"{s.warps} warps for {problem.k // 128} groups"
+        if s.warps > (groups := s.groups(problem)):
+            return f"{s.warps} warps for {groups} groups"
+        if s.stages > 1 and floats:
+            return "float16 weights wait in registers"
     shared, registers = limits.shared_bytes, limits.registers
     if isinstance(s, MatrixGemvSchedule) and s.resident:
         registers = min(registers, _REGISTERS // (s.threads * s.resident))
@@ -306,7 +311,7 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
     if isinstance(s, SimtGemvSchedule):  # sums, x, its totals and parts, the words of a row
         return s.rows * s.batch + s.unit * s.batch + 2 * s.batch + _words(problem, s.unit)
     if isinstance(s, MatrixGemvSchedule):  # sums, words read and ahead, x of a group, one row's pairs
-        return s.tiles * (8 * s.columns + 16 + 8) + 16
+        return s.tiles * (8 * s.columns + (32 if isinstance(problem.spec, Float16Spec) else 16 + 8)) + 16
     if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
         return s.tiles * (4 * s.columns + 16 + 8) + 24
     if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands

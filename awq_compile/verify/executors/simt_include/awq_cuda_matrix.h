@@ -57,6 +57,7 @@ static inline void awq_load_16(uint32_t* d, const void* from) {
   memcpy(d, from, 16);
 }
 static inline void awq_load_2(void* d, const void* from) { memcpy(d, from, 2); }
+static inline void awq_words_f16(uint32_t* d, const void* x) { memcpy(d, x, 16); }
 static inline void awq_load_early_16(uint32_t* d, const void* from) { awq_load_16(d, from); }
 static inline void awq_load_early_2(void* d, const void* from) { awq_load_2(d, from); }
 static inline void awq_scale_f16(uint32_t* d, const void* scale) {
