@@ -106,9 +106,11 @@ def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
 
 
 def _floats(problem: MatmulProblem) -> dict[str, MatrixGemvSchedule]:
-    """By bucket, for float16 weights: an LM head has many rows."""
-    few = _filling(problem, 16, (MatrixGemvSchedule(8), MatrixGemvSchedule(4)))
-    return {**dict.fromkeys(("gemv", "pair", "quad", "small"), few), "medium": replace(few, columns=2)}
+    """By bucket, for float16 weights, as those of an LM head: 16 warps to a multiprocessor."""
+    groups = MatrixGemvSchedule.groups(problem)
+    few = MatrixGemvSchedule(min(groups, 8), resident=2)
+    medium = MatrixGemvSchedule(min(groups, 4), 2, columns=2, resident=4)
+    return {**dict.fromkeys(("gemv", "pair", "quad", "small"), few), "medium": medium}
 
 
 def _medium(problem: MatmulProblem) -> MatrixGemvSchedule:

@@ -87,6 +87,16 @@ def test_weights_decoded_in_registers(tiles: int, stages: int, symmetric: bool) 
         check(MatmulProblem(67, 512, spec, epilogue, "float16"), "cuda", chosen, (1, 2, 3, 4, 5, 8, 9, 37))
 
 
+@pytest.mark.parametrize(("tiles", "warps", "groups"), [(1, 1, 1), (1, 3, 5), (2, 3, 8), (2, 2, 13)])
+def test_float16_weights_on_tensor_cores(tiles: int, warps: int, groups: int) -> None:
+    """Warps share the groups of 64 unevenly; tails in N; gates beside their ups; logits in float32."""
+    few, many = MatrixGemvSchedule(warps, tiles), MatrixGemvSchedule(warps, tiles, 2)
+    chosen = LinearSchedule(few, few, many, pair=few, quad=few)
+    for epilogue in (Epilogue(bias=True, residual=True), Epilogue(activation="silu_mul"), Epilogue(wide=True)):
+        problem = MatmulProblem(67, 64 * groups, Float16Spec(), epilogue, "float16")
+        check(problem, "cuda", chosen, (1, 2, 3, 4, 5, 8, 9, 20))
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("groups", [1, 2, 3, 8, 9, 11])
 def test_turns_behind_the_loop(groups: int, stages: int) -> None:
