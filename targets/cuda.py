@@ -101,7 +101,8 @@ def _quad(problem: MatmulProblem) -> MatrixGemvSchedule:
 
 def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
     """5 to 8 rows: half as many warps, with twice the registers."""
-    shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), (4, 4, 1, 2, 1))
+    widest = (4, 4, 1, 2, 1) if problem.k >= 8192 else (4, 1, 1, 1, 1)
+    shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), widest)
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
 
@@ -150,10 +151,11 @@ def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
     """By bucket: about a block for each multiprocessor. The narrower W is, the more slices of K share its groups."""
     rows = problem.weight_rows
     if rows < 12288:
-        large, wide = (
-            WarpgroupSchedule(1, 1, columns=8, slices=4),
-            WarpgroupSchedule(1, 1, columns=16, slices=4, stages=3),
-        )
+        large = WarpgroupSchedule(1, 1, columns=8, slices=4)
+        wide = WarpgroupSchedule(2, 1, columns=16, slices=2, stages=6)
+        if rows < 6144:
+            large = WarpgroupSchedule(1, 1, columns=4, slices=4 if problem.k <= 8192 else 8, stages=5)
+            wide = WarpgroupSchedule(1, 1, columns=16, slices=4, stages=3)
     elif rows < 24576:
         large, wide = (
             WarpgroupSchedule(2, 1, columns=8, slices=2, stages=6),

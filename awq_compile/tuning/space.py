@@ -267,6 +267,8 @@ def _why_not_matrix(
         return f"{name} has no wgmma, which is sm_90's alone"
     if isinstance(s, WarpgroupSchedule) and not s.divides(problem.k):
         return f"{s.slices} slices for {problem.k // 128} groups"
+    if bucket == "wide" and s.columns > 16:  # which at 256 rows may be faster, and takes as long for 65
+        return f"{8 * s.columns} rows of x a block, of which the bucket may have a quarter"
     floats = isinstance(problem.spec, Float16Spec)
     if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule) or (
         floats and not isinstance(s, MatrixGemvSchedule)
