@@ -151,11 +151,9 @@ def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
     """By bucket: about a block for each multiprocessor. The narrower W is, the more slices of K share its groups."""
     rows = problem.weight_rows
     if rows < 12288:
-        large = WarpgroupSchedule(1, 1, columns=8, slices=4)
-        wide = WarpgroupSchedule(2, 1, columns=16, slices=2, stages=6)
-        if rows < 6144:
-            large = WarpgroupSchedule(1, 1, columns=4, slices=4 if problem.k <= 8192 else 8, stages=5)
-            wide = WarpgroupSchedule(1, 1, columns=16, slices=4, stages=3)
+        few = WarpgroupSchedule(1, 1, columns=4, slices=4, stages=5)
+        large = few if rows < 6144 else WarpgroupSchedule(1, 1, columns=8, slices=4)
+        wide = WarpgroupSchedule(1, 1, columns=16, slices=4, stages=3)
     elif rows < 24576:
         large, wide = (
             WarpgroupSchedule(2, 1, columns=8, slices=2, stages=6),
