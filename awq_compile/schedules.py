@@ -189,7 +189,8 @@ class WarpgroupSchedule:
     """For `kernels.wgmma_gemm`, many rows, on sm_90: each of `warpgroups` takes `tiles` times 64 rows of W.
 
     All of them take `columns` times 8 rows of x. `slices`: as many such sets of warpgroups share the groups along K.
-    `stages`: pieces of x, 64 along K, that shared memory holds of each slice.
+    `stages`: pieces of x, 64 along K, that shared memory holds of each slice. `ahead`: groups whose words wait in
+    registers.
     """
 
     warpgroups: int
@@ -197,6 +198,7 @@ class WarpgroupSchedule:
     columns: int
     slices: int = 1
     stages: int = 4
+    ahead: int = 1
 
     def __post_init__(self) -> None:
         if self.warpgroups not in (1, 2, 4) or self.tiles not in (1, 2) or self.columns not in WGMMA_COLUMNS:
@@ -205,6 +207,8 @@ class WarpgroupSchedule:
             raise CompileError(f"illegal {self}: slices one of (1, 2, 4, 8), and at most 1024 threads")
         if not 2 <= self.stages <= 8:
             raise CompileError(f"illegal {self}: 2 to 8 stages")
+        if self.ahead not in (1, 2, 4):
+            raise CompileError(f"illegal {self}: ahead one of (1, 2, 4)")
         if (self.slices - 1) * self.of_sums > self.slices * self.stages * self.of_stage:
             raise CompileError(f"illegal {self}: the sums of all slices but one must fit into the stages")
 

@@ -151,8 +151,12 @@ def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
     """By bucket: about a block for each multiprocessor. The narrower W is, the more slices of K share its groups."""
     rows = problem.weight_rows
     if rows < 12288:
-        few = WarpgroupSchedule(1, 1, columns=4, slices=4, stages=5)
-        large = few if rows < 6144 else WarpgroupSchedule(1, 1, columns=8, slices=4)
+        if rows >= 6144:
+            large = WarpgroupSchedule(1, 1, columns=8, slices=4)
+        elif problem.k <= 8192:
+            large = WarpgroupSchedule(1, 1, columns=8, slices=4, ahead=2)
+        else:
+            large = WarpgroupSchedule(1, 1, columns=4, slices=4, stages=5, ahead=2)
         wide = WarpgroupSchedule(1, 1, columns=16, slices=4, stages=3)
     elif rows < 24576:
         large, wide = (
@@ -160,11 +164,13 @@ def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
             WarpgroupSchedule(2, 1, columns=16, slices=2),
         )
     else:
-        large, wide = WarpgroupSchedule(4, 1, columns=8, stages=8), WarpgroupSchedule(1, 2, columns=16, stages=6)
+        plain = isinstance(problem.spec, QuantSpec) and problem.spec.symmetric  # else zero points wait as well
+        large = WarpgroupSchedule(4, 1, columns=8, stages=8, ahead=4 if plain else 2)
+        wide = WarpgroupSchedule(1, 2, columns=16, stages=6)
     found = {"large": large, "wide": wide, "gemm": WarpgroupSchedule(2, 1, columns=32)}
     if rows >= 6144:
-        tiles, stages = (1, 6) if rows < 12288 else (2, 8)
-        found["broad"] = WarpgroupSchedule(1, tiles, columns=4, slices=4, stages=stages)
+        tiles, stages, ahead = (1, 6, 2) if rows < 12288 else (2, 8, 1)
+        found["broad"] = WarpgroupSchedule(1, tiles, columns=4, slices=4, stages=stages, ahead=ahead)
     return {bucket: _sharing(s, problem.k // 128) for bucket, s in found.items()}
 
 

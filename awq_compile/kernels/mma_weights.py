@@ -35,10 +35,10 @@ WORDS: Final = 4  # that a lane reads of a group
 class TileWeights:
     """INT4 in groups of 128. `firsts`: the first output of each tile; `g` and `t` are the lane's.
 
-    In turn i the current group is `first` + i `step`; past the last group stands that one. The words of those that
-    follow wait in registers (`stages` 1), or in the places that each of the block's `threads` has in shared memory,
-    `stages` of them; a thread reads only what it wrote itself. Scales and zero points are read one turn ahead, into
-    registers.
+    In turn i the current group is `first` + i `step`; past the last group stands that one. The words of the `ahead`
+    that follow wait in registers (`stages` 1), with their scales and zero points, or in the places that each of the
+    block's `threads` has in shared memory, `stages` of them; a thread reads only what it wrote itself. Then scales and
+    zero points are read one turn ahead, into registers.
     """
 
     group: Final = GROUP
@@ -53,6 +53,7 @@ class TileWeights:
         *,
         first: Expr = 0,
         step: int = 1,
+        ahead: int = 1,
         stages: int = 1,
         thread: Expr = 0,
         threads: int = 0,
@@ -63,66 +64,71 @@ class TileWeights:
         self._first, self._step, self._last = first, step, args.problem.k // GROUP - 1
         self._rows = [row for first in firsts for row in _rows(args.problem, first, g)]
         self._stages, self._thread, self._threads = stages, thread, threads
-        self.ahead: Final = max(1, stages - 1)  # turns
+        self.ahead: Final = ahead if stages == 1 else stages - 1  # turns
+        self._kept: Final = ahead if stages == 1 else 1  # groups' scales
         count = len(self._rows)
         self._words = local(count * WORDS, "uint32")
         self._waiting = (
-            local(count * WORDS, "uint32")
+            local(ahead * count * WORDS, "uint32")
             if stages == 1
             else T.alloc_buffer((stages * count * threads * WORDS,), "uint32", scope="shared")
         )
-        self._scales, self._scales_ahead = local(count, "float16"), local(count, "float16")
-        self._zeros, self._zeros_ahead = local(count, "uint32"), local(count, "uint32")
+        self._scales, self._scales_ahead = local(count, "float16"), local(self._kept * count, "float16")
+        self._zeros, self._zeros_ahead = local(count, "uint32"), local(self._kept * count, "uint32")
         self._decoded = local(4, "uint32")
 
     def begin(self, turns: int, *, early: bool = False) -> None:
         """Reads what the first of `turns` need. `early`: not behind `wait_for_grids` where that follows."""
         for turn in range(min(turns, self.ahead)):
-            self._fetch_words(turn, early=early)
-        self._fetch_scales(0, early=early)
+            self._fetch_words(turn, turn, early=early)
+        for turn in range(min(turns, self._kept)):
+            self._fetch_scales(turn, turn, early=early)
 
-    def advance(self, turn: Expr, left: int | None = None) -> None:
+    def advance(self, turn: Expr, left: int | None = None, *, slot: int = 0) -> None:
         """The group of `turn` is the current one, and a later one is read.
 
-        `left`: turns behind this one, where it is known; the words of `ahead` are on their way.
+        `left`: turns behind this one, where it is known; the words of `ahead` are on their way. `slot`: `turn` modulo
+        `ahead`, by which registers are named.
         """
         if self._stages > 1:
             call(f"awq_cp_async_wait_{self.ahead - 1 if left is None else min(left, self.ahead - 1)}")
         for i in range(len(self._rows)):
-            words = self._waiting[ramp(self._place(turn, i), WORDS)]
+            words = self._waiting[ramp(self._place(turn, slot, i), WORDS)]
             T.buffer_store(self._words, words, [ramp(i * WORDS, WORDS)])
-            T.buffer_store(self._scales, self._scales_ahead[i], [i])
-            T.buffer_store(self._zeros, self._zeros_ahead[i], [i])
+            kept = slot * len(self._rows) + i
+            T.buffer_store(self._scales, self._scales_ahead[kept], [i])
+            T.buffer_store(self._zeros, self._zeros_ahead[kept], [i])
         if left is None or left >= self.ahead:
-            self._fetch_words(turn + self.ahead)
-        if left != 0:
-            self._fetch_scales(turn + 1)
+            self._fetch_words(turn + self.ahead, slot)
+        if left is None or left >= self._kept:
+            self._fetch_scales(turn + self._kept, slot)
 
     def _group(self, turn: Expr) -> Expr:
         return T.bind(T.min(self._first + turn * self._step, self._last))
 
-    def _fetch_words(self, turn: Expr, *, early: bool = False) -> None:
+    def _fetch_words(self, turn: Expr, slot: int, *, early: bool = False) -> None:
         codes, group = self._args.weight[self._args.codes], self._group(turn)
         for i, row in enumerate(self._rows):
             # Loads of C would be put off to where they are used.
             at = codes.access_ptr("r", offset=row * codes.shape[1] + (group * 4 + self._t) * WORDS)
             name = ("awq_load_early_16" if early else "awq_load_16") if self._stages == 1 else "awq_cp_async_16"
-            call(name, pointer(self._waiting, self._place(turn, i)), at)
+            call(name, pointer(self._waiting, self._place(turn, slot, i)), at)
         if self._stages > 1:
             call("awq_cp_async_commit")
 
-    def _fetch_scales(self, turn: Expr, *, early: bool = False) -> None:
+    def _fetch_scales(self, turn: Expr, slot: int, *, early: bool = False) -> None:
         group = self._group(turn)
         for i, row in enumerate(self._rows):
             at = self._args.weight["q_scale"].access_ptr("r", offset=row * (self._last + 1) + group)
-            call("awq_load_early_2" if early else "awq_load_2", pointer(self._scales_ahead, i), at)
+            kept = slot * len(self._rows) + i
+            call("awq_load_early_2" if early else "awq_load_2", pointer(self._scales_ahead, kept), at)
             zero = self._spec.zero if self._spec.symmetric else self._args.weight["q_zero"][row, group]
-            T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [i])
+            T.buffer_store(self._zeros_ahead, tirx.Cast("uint32", zero), [kept])
 
-    def _place(self, number: Expr, row: int) -> Expr:
+    def _place(self, number: Expr, slot: int, row: int) -> Expr:
         """Of a row's words."""
         if self._stages == 1:
-            return row * WORDS
+            return (slot * len(self._rows) + row) * WORDS
         return ((number % self._stages * len(self._rows) + row) * self._threads + self._thread) * WORDS
 
     def place_of(self, word: Expr) -> Expr:

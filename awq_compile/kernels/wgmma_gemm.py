@@ -98,7 +98,7 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
         first_x, thread = T.bind(bx * across), T.bind(warp * 32 + lane)
         firsts = [first + i * (outputs * _WARPS) for i in range(s.tiles)]
         shared = T.alloc_buffer((s.shared_bytes // 2,), "float16", scope="shared.dyn")
-        weights = TileWeights(args, firsts, place, t, first=part, step=s.slices)
+        weights = TileWeights(args, firsts, place, t, first=part, step=s.slices, ahead=s.ahead)
         total = local(sums, "float32")
         operands = [local(s.tiles * 8, "uint32") for _ in range(2)]
         stages = _Stages(s, arranged, shared, bx, problem.k, part)
@@ -115,8 +115,9 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
             for number in range(min(s.stages, 2 * groups)):
                 stages.load(number)
         together = barrier if s.slices == 1 else partial(call, f"awq_barrier_of<{of_slice}>", part)
-        with T.serial(0, groups) as turn:
-            weights.advance(turn)
+
+        def one_turn(turn: Expr, slot: int, left: int | None) -> None:
+            weights.advance(turn, left, slot=slot)
             for half in range(2):
                 number = T.bind(turn * 2 + half)
                 stages.wait(number)
@@ -137,6 +138,13 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
                 following = number + (s.stages - 1)
                 with T.If(tirx.all(thread == 0, number > 0, following < 2 * groups)), T.Then():
                     stages.load(following)
+
+        followed = groups if s.ahead == 1 else max(0, groups - s.ahead) // s.ahead * s.ahead
+        with T.serial(0, followed // s.ahead) as many:
+            for slot in range(s.ahead):
+                one_turn(many * s.ahead + slot, slot, None)
+        for turn in range(followed, groups):  # behind the loop, where no group is read that nobody uses
+            one_turn(tirx.const(turn, "int32"), turn % s.ahead, groups - 1 - turn)
         call(f"awq_wgmma_end<{sums}>", pointer(total, 0))
         for other in range(1, s.slices):
             # Sums of a thread lie a block's width apart, so that a warp's are side by side.

@@ -144,6 +144,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
             "columns": WGMMA_COLUMNS,
             "slices": (1, 2, 4, 8),
             "stages": (3, 4, 5, 6),
+            "ahead": (1, 2, 4),
         }
     if isinstance(rule, MatrixGemmSchedule):
         return {
@@ -317,7 +318,7 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
     if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
         return s.tiles * (4 * s.columns + 16 + 8) + 24
     if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands
-        return s.tiles * (4 * s.columns + 16 + 16) + 16
+        return s.tiles * (4 * s.columns + 8 + 8 * s.ahead + 16) + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)
     if isinstance(s, SimtGemmSchedule):

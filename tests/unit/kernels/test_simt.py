@@ -124,8 +124,10 @@ def test_turns_behind_the_loop(groups: int, stages: int) -> None:
         WarpgroupSchedule(1, 1, 2, 8, 8),
         WarpgroupSchedule(1, 2, 2, 2, 3),
         WarpgroupSchedule(1, 1, 4, 1, 2),
+        WarpgroupSchedule(1, 1, 4, 1, ahead=2),
+        WarpgroupSchedule(1, 2, 2, 4, ahead=4),
     ],
-    ids=lambda s: f"{type(s).__name__}-{s.tiles}-{s.columns}-{getattr(s, 'slices', 1)}",
+    ids=lambda s: f"{type(s).__name__}-{s.tiles}-{s.columns}-{getattr(s, 'slices', 1)}-{getattr(s, 'ahead', 1)}",
 )
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_of_x_staged_in_shared_memory(symmetric: bool, many: StagedMatrixSchedule | WarpgroupSchedule) -> None:
