@@ -107,6 +107,6 @@ def row_bucket(m: int) -> str:
 
 
 def serves(bucket: str, m: int) -> bool:
-    """Whether a bucket's kernel may get M rows: also those of lesser buckets, as far as `small` and the one row."""
+    """Whether a bucket's kernel may get M rows: also fewer, but not one, nor beyond `small` as few as that serves."""
     least = 0 if bucket == "gemv" else 1 if bucket in FEW_ROWS else SMALL_ROWS
     return least < m <= ROW_BUCKETS[bucket]

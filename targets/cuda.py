@@ -80,9 +80,9 @@ def _filling(problem: MatmulProblem, warps: int, shapes: tuple[MatrixGemvSchedul
 
 def _one(problem: MatmulProblem) -> MatrixGemvSchedule:
     """One row: 16 warps to a multiprocessor, or 32 that take two groups each."""
-    least = MatrixGemvSchedule(16, 1, resident=2)
-    if problem.weight_rows <= 33 * _UNITS and problem.k <= 2 * 16 * 128:
-        return _filling(problem, 32, (least,))
+    groups, narrow = MatrixGemvSchedule.groups(problem), problem.weight_rows <= 32 * _UNITS
+    if narrow and groups <= 32:
+        return MatrixGemvSchedule(min(groups, 16), 1, resident=2)
     shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 2), (4, 2, 1, 1, 4))
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
 
@@ -100,7 +100,7 @@ def _quad(problem: MatmulProblem) -> MatrixGemvSchedule:
 
 
 def _few(problem: MatmulProblem) -> MatrixGemvSchedule:
-    """5 to 8 rows: half as many warps, with twice the registers."""
+    """5 to 8 rows: 16 warps to a multiprocessor, but for a wide W."""
     widest = (4, 4, 1, 2, 1) if problem.k >= 8192 else (4, 1, 1, 1, 1)
     shapes = ((16, 2, 1, 1, 1), (8, 2, 1, 1, 1), (4, 2, 1, 1, 1), widest)
     return _filling(problem, 16, tuple(MatrixGemvSchedule(*fields) for fields in shapes))
@@ -175,11 +175,13 @@ def _warpgroups(problem: MatmulProblem) -> dict[str, Any]:
 
 
 def _sharing(s: WarpgroupSchedule, groups: int) -> WarpgroupSchedule:
-    """With as many slices as share the groups evenly."""
-    slices = s.slices
+    """With as many slices as share the groups evenly, and no more groups ahead than one has."""
+    slices, ahead = s.slices, s.ahead
     while groups % slices:
         slices //= 2
-    return replace(s, slices=slices)
+    while ahead > groups // slices:
+        ahead //= 2
+    return replace(s, slices=slices, ahead=ahead)
 
 
 def _mma_k(arch: str) -> int:

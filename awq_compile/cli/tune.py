@@ -52,7 +52,8 @@ Strategy = Annotated[
 Bucket = Annotated[
     list[str] | None,
     typer.Option(
-        help="Only kernels for these rows: gemv (1), small (2 to 8), gemm (more); repeatable.",
+        help="Only kernels for up to so many rows: gemv (1), pair (2), quad (4), small (8), medium (16), broad (32), "
+        "large (64), wide (256), gemm (more); repeatable. A bucket that a target has no kernels for is the next one's.",
         rich_help_panel=HOW,
         show_default="all",
     ),

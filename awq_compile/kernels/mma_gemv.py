@@ -1,7 +1,7 @@
 """Rows of x on tensor cores without shared tiles: W is decoded in registers and meets x in `mma.m16n8k16`.
 
 W is the instruction's A, as `mma_weights` says; x its B, of whose 8 columns lane l holds column l / 4. With more than 4
-rows of x a column is a row. With fewer its words stand side by side: column c is word c % side of row c / side, where
+rows of x a column is a row. With up to 4 its words stand side by side: column c is word c % side of row c / side, where
 side = 8 / rows, so that one read of 16 bytes serves `side` words of W. Of the sums of a word a lane then keeps those of
 the column that held this word of x. Products are exact and sums float32; a group's sum is scaled once.
 
@@ -38,7 +38,7 @@ Expr = Any
 Buffer = Any
 
 # Up to so many turns, the last ones stand behind the loop, where no group is read that nobody uses. Where a turn of the
-# loop takes several, only if these are all: by an H200.
+# loop takes several, they stand there only if they are all. By an H200.
 _PEELED: Final = 8
 
 

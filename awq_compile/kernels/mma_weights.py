@@ -28,7 +28,7 @@ Buffer = Any
 
 GROUP: Final = 128
 ROWS: Final = 16  # of W in one instruction
-COLUMNS: Final = 8  # rows of x in one instruction
+COLUMNS: Final = 8  # of B in one instruction: rows of x, or words of fewer
 WORDS: Final = 4  # that a lane reads of a group
 
 

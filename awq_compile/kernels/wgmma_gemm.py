@@ -86,6 +86,7 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
     of_group = outputs * _WARPS * s.tiles
     across, groups, sums = COLUMNS * s.columns, problem.k // GROUP // s.slices, s.tiles * s.columns * 4
     of_slice = s.threads // s.slices
+    followed = groups if s.ahead == 1 else max(0, groups - s.ahead) // s.ahead * s.ahead
     with (
         T.launch_thread("blockIdx.x", blocks) as bx,
         T.launch_thread("blockIdx.y", -(-problem.n // (of_group * s.warpgroups))) as by,
@@ -109,7 +110,7 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
         with T.If(in_block * 32 + lane == 0), T.Then():
             stages.init()
         barrier()
-        wait_for_grids(args, x=arranged, loops=groups)
+        wait_for_grids(args, x=arranged, loops=followed // s.ahead)
         with T.If(thread == 0), T.Then():
             call("awq_fence_loads")
             for number in range(min(s.stages, 2 * groups)):
@@ -139,7 +140,6 @@ def _multiply(args: LinearArgs, s: WarpgroupSchedule, arranged: Buffer, blocks: 
                 with T.If(tirx.all(thread == 0, number > 0, following < 2 * groups)), T.Then():
                     stages.load(following)
 
-        followed = groups if s.ahead == 1 else max(0, groups - s.ahead) // s.ahead * s.ahead
         with T.serial(0, followed // s.ahead) as many:
             for slot in range(s.ahead):
                 one_turn(many * s.ahead + slot, slot, None)

@@ -82,12 +82,22 @@ class ScheduleDatabase:
         return ScheduleDatabase(tuple(found.values()), tuple(notes))
 
     def choose(self, spec: TargetSpec, problem: MatmulProblem, bucket: str, rule: Schedule) -> Choice:
-        """The schedule of a bucket; `rule` is the target's untuned one."""
+        """The schedule of a bucket; `rule` is the target's untuned one.
+
+        Records of another template than the rule's are from before it was the rule's. Where the nearest problem's own
+        rule was the fastest, so is this one's.
+        """
         for record in self._by_problem.get((spec.machine, problem.name, bucket), ()):
+            if type(record.schedule) is not type(rule):
+                continue
             legal = record.schedule == rule or not why_illegal(problem, bucket, spec, record.schedule)
             if legal and record.serves(spec):
                 return Choice(record.schedule, "tuned", record)
         for record in self.neighbours(spec, problem, bucket):
+            if type(record.schedule) is not type(rule):
+                continue
+            if record.schedule == spec.rule(record.problem).by_bucket.get(bucket):
+                break
             schedule = refit(record.schedule, problem)
             if not why_illegal(problem, bucket, spec, schedule):
                 return Choice(schedule, "nearest", record)

@@ -30,7 +30,7 @@ STATUSES: Final[tuple[Status, ...]] = ("ok", "wrong", "failed", "crashed", "hung
 def rows_of(bucket: str, schedules: LinearSchedule) -> int:
     """M at which a bucket is measured: more of them where it does not get the few as well."""
     if bucket == "gemm":
-        return 128 if schedules.medium is None else 1024
+        return 128 if schedules.large is None else 1024
     if bucket == "small" and schedules.quad is None:
         return 4
     return ROW_BUCKETS[bucket]

@@ -266,14 +266,17 @@ def _why_not_matrix(
     archs = getattr(spec, "archs", ())
     if isinstance(s, WarpgroupSchedule) and archs != ("sm_90",):
         return f"{name} has no wgmma, which is sm_90's alone"
-    if isinstance(s, WarpgroupSchedule) and not s.divides(problem.k):
-        return f"{s.slices} slices for {problem.k // 128} groups"
+    if isinstance(s, WarpgroupSchedule):
+        if not s.divides(problem.k):
+            return f"{s.slices} slices for {problem.k // 128} groups"
+        if s.ahead > (groups := problem.k // 128 // s.slices):
+            return f"{s.ahead} groups ahead, and a slice has {groups}"
     if bucket == "wide" and s.columns > 16:  # which at 256 rows may be faster, and takes as long for 65
         return f"{8 * s.columns} rows of x a block, of which the bucket may have a quarter"
     floats = isinstance(problem.spec, Float16Spec)
-    if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule) or (
-        floats and not isinstance(s, MatrixGemvSchedule)
-    ):
+    if floats and not isinstance(s, MatrixGemvSchedule):
+        return f"{type(s).__name__} does not read {problem.spec.name}"
+    if not isinstance(spec.rule(problem).gemv, MatrixGemvSchedule):
         return f"{name} has no tensor cores for {problem.spec.name}"
     if isinstance(s, MatrixGemvSchedule):
         if bucket in FEW_ROWS and s.columns > 1:
@@ -317,8 +320,9 @@ def registers_of(problem: MatmulProblem, s: Any) -> int:
         return s.tiles * (8 * s.columns + (32 if isinstance(problem.spec, Float16Spec) else 16 + 8)) + 16
     if isinstance(s, StagedMatrixSchedule):  # sums, words read and ahead, one word's operands
         return s.tiles * (4 * s.columns + 16 + 8) + 24
-    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, two words' operands
-        return s.tiles * (4 * s.columns + 8 + 8 * s.ahead + 16) + 16
+    if isinstance(s, WarpgroupSchedule):  # sums, words read and ahead, with scales and zero points, two words' operands
+        waiting = 1 if isinstance(problem.spec, QuantSpec) and problem.spec.symmetric else 3
+        return s.tiles * (4 * s.columns + 8 + (8 + waiting) * s.ahead + 16) + 16
     if isinstance(s, ColumnGemvSchedule):
         return s.columns * s.batch * pairs + s.unit * s.batch + 2 * s.batch + s.columns * _words(problem, s.unit)
     if isinstance(s, SimtGemmSchedule):

@@ -2,7 +2,7 @@
 
     models = ["./demo", "Qwen/Qwen3-0.6B"]    # as `awq-compile tune` takes them
     schemes = ["w4g128"]                      # left out: each target's own
-    buckets = ["gemv", "gemm"]                # left out: all (also small, medium, broad, large, wide)
+    buckets = ["gemv", "gemm"]                # left out: all (also pair, quad, small, medium, broad, large, wide)
     trials = 64                               # these five are those of `awq-compile tune`
     patience = 24
     seed = 0

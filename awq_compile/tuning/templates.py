@@ -41,9 +41,9 @@ TEMPLATES: Final[dict[str, type[Schedule]]] = {
 
 # Raised whenever a change of a template in `kernels/` may change which of its schedules is the fastest, or what
 # a field means: records of another version are not used.
-VERSIONS: Final = dict.fromkeys(TEMPLATES, 1) | {"matrix_gemv": 4, "staged_matrix": 3, "warpgroup": 3}
+VERSIONS: Final = dict.fromkeys(TEMPLATES, 1) | {"matrix_gemv": 4, "staged_matrix": 3, "warpgroup": 4}
 
-_FEW_ROWS: Final = ("simd_gemv", "simt_gemv", "column_gemv")  # of the buckets `problem.FEW_ROWS`
+_FEW_ROWS_TEMPLATES: Final = ("simd_gemv", "simt_gemv", "column_gemv")  # of the buckets `problem.FEW_ROWS`
 ANY_ROWS: Final = ("matrix_gemv",)
 _NAMES: Final = {kind: name for name, kind in TEMPLATES.items()}
 _TYPES: Final[dict[Any, type]] = {"int": int, "str": str, "bool": bool}
@@ -57,7 +57,7 @@ def template_of(schedule: Schedule) -> str:
 
 def fits_bucket(template: str, bucket: str) -> bool:
     """Whether a template serves a bucket of rows."""
-    return template in ANY_ROWS or (template in _FEW_ROWS) == (bucket in FEW_ROWS)
+    return template in ANY_ROWS or (template in _FEW_ROWS_TEMPLATES) == (bucket in FEW_ROWS)
 
 
 def encode_schedule(schedule: Schedule) -> dict[str, Any]:

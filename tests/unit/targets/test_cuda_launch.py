@@ -30,11 +30,15 @@ PROBLEM = MatmulProblem(40, 512, QuantSpec(4, 128, False), Epilogue(bias=True, r
 KERNELS = (
     ("gemv", MatrixGemvSchedule(2)),
     ("gemv", MatrixGemvSchedule(1, 2, 1, 3, 4)),
+    ("pair", MatrixGemvSchedule(1, 2)),
+    ("quad", MatrixGemvSchedule(2)),
     ("small", MatrixGemvSchedule(3, 2, 1, 2)),
     ("medium", MatrixGemvSchedule(2, 2, 2, 3)),
     ("gemm", StagedMatrixSchedule(2, 1, 4)),
     ("wide", WarpgroupSchedule(1, 2, 8, 2)),
     ("gemm", WarpgroupSchedule(2, 2, 16, stages=4)),
+    ("large", WarpgroupSchedule(1, 1, 4, ahead=2)),
+    ("large", WarpgroupSchedule(1, 1, 4, ahead=4)),
 )
 KERNEL = re.compile(r"__global__ [^;{}]*\(([^;{}()]*)\) \{$(.*?)^\}", re.MULTILINE | re.DOTALL)
 WAIT = re.compile(r"^  awq_grid_wait\(.*\n", re.MULTILINE)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from awq_compile.errors import CompileError
-from awq_compile.formats import QuantSpec
+from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.problem import Epilogue, MatmulProblem
 from awq_compile.schedules import GemmSchedule, SimtGemvSchedule
 from awq_compile.targets import resolve_target
@@ -88,6 +88,38 @@ def test_exact_then_nearest_then_rule() -> None:
         "small": "rule",
         "gemm": "rule",
     }
+
+
+def test_a_neighbour_whose_rule_was_the_fastest_speaks_for_the_rule() -> None:
+    """And so does a record of a template that is no longer the rule's."""
+    near, far = replace(PROBLEM, n=2048), replace(PROBLEM, n=4096)
+    kept, other = record(problem=near, schedule=rule(near)), record(problem=far, schedule=replace(GEMV, rows=8))
+    assert ScheduleDatabase((other,)).choose(SPEC, PROBLEM, "gemv", rule()).source == "nearest"
+    assert ScheduleDatabase((kept, other)).choose(SPEC, PROBLEM, "gemv", rule()).source == "rule"
+    float16 = MatmulProblem(32000, 2048, Float16Spec(), dtype="float16")
+    cuda = resolve_target("cuda:sm_90")
+    old = record(machine=cuda.machine, problem=float16)
+    for problem in (float16, replace(float16, n=16000)):
+        assert ScheduleDatabase((old,)).choose(cuda, problem, "gemv", cuda.rule(problem).gemv).source == "rule"
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "epilogue"),
+    [
+        (6144, 4096, Epilogue()),
+        (4096, 4096, Epilogue(residual=True)),
+        (14336, 4096, Epilogue(activation="silu_mul")),
+        (4096, 14336, Epilogue(residual=True)),
+        (8192, 8192, Epilogue()),
+        (28672, 8192, Epilogue()),
+    ],
+    ids=str,
+)
+def test_what_was_measured_on_an_h200_is_what_is_built(n: int, k: int, epilogue: Epilogue) -> None:
+    """Where a problem that was measured has no record, its rule was changed to what had been found."""
+    cuda = resolve_target("cuda:sm_90")
+    _, choices = known_records().choose_linear(cuda, MatmulProblem(n, k, QuantSpec(4, 128), epilogue, "float16"))
+    assert {bucket: choice.words for bucket, choice in choices.items() if choice.source == "nearest"} == {}
 
 
 def test_a_neighbour_is_fitted_or_left() -> None:

@@ -53,7 +53,7 @@ def buckets_of(*targets: str) -> list[tuple[str, str]]:
 
 def test_kernels_of_buckets() -> None:
     """Every target has those of one, few and many rows; where W is decoded in registers, of those between as well."""
-    for between in ("medium", "broad", "large", "wide"):
+    for between in ("pair", "quad", "medium", "broad", "large", "wide"):
         assert {t for t, bucket in buckets_of(*NAMES) if bucket == between} == {"cuda:sm_80", "cuda:sm_90"}
     assert set(buckets_of(*NAMES)) >= {(t, b) for t in NAMES for b in ("gemv", "small", "gemm")}
     with pytest.raises(CompileError, match="medium has no kernel of its own"):
@@ -70,9 +70,10 @@ def test_untuned_schedules_are_legal(target: str) -> None:
         (True, False),
         ("none", "silu_mul"),
     ):
-        p = MatmulProblem(n, k, QuantSpec(4, 128, symmetric), Epilogue(activation=activation), "float16")
-        for bucket, schedule in spec.rule(p).by_bucket.items():
-            assert not why_illegal(p, bucket, spec, schedule), (p.name, bucket, schedule)
+        for kind in (QuantSpec(4, 128, symmetric), Float16Spec()):
+            p = MatmulProblem(n, k, kind, Epilogue(activation=activation), "float16")
+            for bucket, schedule in spec.rule(p).by_bucket.items():
+                assert not why_illegal(p, bucket, spec, schedule), (p.name, bucket, schedule)
 
 
 def test_wgmma_is_for_sm_90_alone() -> None:
