@@ -98,7 +98,9 @@ ROW_BUCKETS: Final = {  # most rows of each
     "wide": 256,
     "gemm": 1 << 31,
 }
-FEW_ROWS: Final = tuple(bucket for bucket, most in ROW_BUCKETS.items() if most <= SMALL_ROWS)
+FEW_ROWS: Final = tuple(  # buckets whose kernels get few rows
+    bucket for bucket, most in ROW_BUCKETS.items() if most <= SMALL_ROWS
+)
 
 
 def row_bucket(m: int) -> str:

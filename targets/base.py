@@ -51,6 +51,10 @@ class TargetSpec(ABC):
                 hint=f"--scheme {other}, in a DIST of its own: the codes are the same",
             )
 
+    def check_tools(self) -> None:
+        """Raises `EnvironmentMissingError` naming what to install where compiling needs what this machine lacks."""
+        return
+
     @property
     def has_device_code(self) -> bool:
         """Whether kernels run on a device of their own, with threads to bind."""

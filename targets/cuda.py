@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Final
 
-from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
+from awq_compile.errors import AwqCompileError, CompileError, EnvironmentMissingError, UsageError
 from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
@@ -221,10 +221,20 @@ class CudaTarget(GpuTarget):
         """Within the block, what TVM exports has machine code."""
         import tvm_ffi
 
-        pack = tvm_ffi.get_global_func(PACK)
-        tvm_ffi.register_global_func(PACK, lambda data, *rest: pack(self.with_machine_code(data), *rest), override=True)
+        pack, refused = tvm_ffi.get_global_func(PACK), []
+
+        def with_code(data: bytes, *rest: Any) -> Any:
+            try:
+                return pack(self.with_machine_code(data), *rest)
+            except AwqCompileError as error:
+                refused.append(error)
+                raise
+
+        tvm_ffi.register_global_func(PACK, with_code, override=True)
         try:
             yield
+        except RuntimeError as error:  # what TVM makes of those
+            raise (refused[0] if refused else error) from None
         finally:
             tvm_ffi.register_global_func(PACK, pack, override=True)
 
@@ -246,11 +256,18 @@ class CudaTarget(GpuTarget):
         source, archs = with_device_functions(source, self.archs[0]), machine_archs(source, self.archs)
         if shutil.which("nvcc"):
             return nvcc(source, archs), "fatbin"
-        if len(archs) > 1:
+        self.check_tools()
+        return nvrtc(source, archs[0]), "cubin"
+
+    def check_tools(self) -> None:
+        """nvcc, or for one architecture NVRTC and its headers."""
+        if shutil.which("nvcc"):
+            return
+        if len(self.archs) > 1:
             raise EnvironmentMissingError(
                 f"{self.name}: code for several architectures needs nvcc on PATH", hint="install the CUDA toolkit"
             )
-        return nvrtc(source, archs[0]), "cubin"
+        _nvrtc_tools()
 
 
 def cuda_target(argument: str, host: str) -> CudaTarget:
@@ -346,22 +363,24 @@ def _cuda_headers() -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def nvrtc(source: str, arch: str) -> bytes:
-    """Machine code by NVRTC, where there is no nvcc."""
+def _nvrtc_tools() -> tuple[Any, list[Path]]:
+    """(bindings, folders of headers)."""
     try:
         from cuda.bindings import nvrtc as api
 
-        folders = _cuda_headers()
-        error, program = api.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
-    except (
-        ImportError,
-        PackageNotFoundError,
-        RuntimeError,
-    ) as missing:  # Runtime: no library
+        api.nvrtcVersion()
+        return api, _cuda_headers()
+    except (ImportError, PackageNotFoundError, RuntimeError) as missing:  # Runtime: no library
         raise EnvironmentMissingError(
             f"CUDA needs a compiler: there is no nvcc on PATH, and NVRTC is not complete ({missing})",
-            hint="pip install awq-compile[cuda], or install the CUDA toolkit",
+            hint="pip install 'awq-compile[cuda]', or install the CUDA toolkit",
         ) from None
+
+
+def nvrtc(source: str, arch: str) -> bytes:
+    """Machine code by NVRTC, where there is no nvcc."""
+    api, folders = _nvrtc_tools()
+    _, program = api.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], [])
     options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17"]
     options += [f"--include-path={folder}".encode() for folder in folders]
     (error,) = api.nvrtcCompileProgram(program, len(options), options)

@@ -170,6 +170,7 @@ def build(
     how = choose_method(method)
     for one in targets:
         one.check_scheme(chosen)
+        one.check_tools()  # not hours later
     source = find_model(model, output)
     if source.quantised:
         from awq_compile.awq.checkpoint import open_checkpoint

@@ -29,6 +29,7 @@ from awq_compile.verify.launch_table import Table, bounds_of
 
 # Of every bucket, and for tiles of four rows every length of the last one: a bound off by one misses only one of them.
 ROWS: Final = (1, 2, 5, 7, 8, 37, 38, 39, 64, 65, 131)
+_WHOLE: Final = 32  # up to so many, a kernel also gets all of the rows that are its most
 _MOST_ROWS: Final = 1024  # a bound in a library from outside takes no more memory than this many rows
 Cases = Callable[[Table, np.random.Generator], Iterator[Case]]
 Fact = Mapping[str, Any]  # `kind`, and what its PrimFunc's attributes say
@@ -158,8 +159,10 @@ def _role(name: str, fact: Fact, references: Mapping[str, Reference], config: Mo
 
 
 def _rows_of(table: Table) -> tuple[int, ...]:
-    """`ROWS`, and one more than every bound between kernels, so that each of them runs."""
-    return tuple(sorted({*ROWS, *(bound + 1 for bound in bounds_of(table) if 0 < bound < _MOST_ROWS)}))
+    """`ROWS`, one more than every bound between kernels, so that each of them runs, and lesser bounds themselves."""
+    bounds = [bound for bound in bounds_of(table) if 0 < bound < _MOST_ROWS]
+    whole = {bound for bound in bounds if bound <= _WHOLE}
+    return tuple(sorted({*ROWS, *(bound + 1 for bound in bounds), *whole}))
 
 
 def _named(name: str, config: ModelConfig) -> Role:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tvm_ffi
 
 from awq_compile.errors import CompileError, EnvironmentMissingError
-from awq_compile.targets import cuda
+from awq_compile.targets import cuda, resolve_target
 
 SOURCE = """
 #include <cuda_fp16.h>
@@ -32,3 +33,25 @@ def test_an_incomplete_nvrtc_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(EnvironmentMissingError, match="NVRTC is not complete") as caught:
         cuda.nvrtc(SOURCE, "sm_80")
     assert "pip install" in str(caught.value.hint)
+    monkeypatch.setattr(cuda.shutil, "which", lambda _: None)
+    with pytest.raises(EnvironmentMissingError, match="NVRTC is not complete"):
+        resolve_target("cuda:sm_90").check_tools()
+    with pytest.raises(EnvironmentMissingError, match="several architectures"):
+        resolve_target("cuda:sm_80+sm_90").check_tools()
+
+
+def test_an_error_of_the_compiler_comes_through_tvm_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TVM calls for machine code while it exports, and makes a RuntimeError of what is raised there."""
+    target = resolve_target("cuda:sm_90")
+
+    def refuse(self: object, data: bytes) -> bytes:
+        raise CompileError("nvcc refused", hint="another nvcc")
+
+    monkeypatch.setattr(cuda.CudaTarget, "with_machine_code", refuse)
+    pack = tvm_ffi.get_global_func(cuda.PACK)
+    with pytest.raises(CompileError, match="nvcc refused") as caught, target.building():
+        tvm_ffi.get_global_func(cuda.PACK)(b"blob", False)
+    assert caught.value.hint == "another nvcc"
+    assert tvm_ffi.get_global_func(cuda.PACK).same_as(pack)
+    with pytest.raises(RuntimeError, match="something else"), target.building():
+        raise RuntimeError("something else")

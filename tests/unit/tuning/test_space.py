@@ -11,7 +11,7 @@ import pytest
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.problem import Epilogue, MatmulProblem
-from awq_compile.schedules import GemvSchedule, SimtGemmSchedule, WarpgroupSchedule
+from awq_compile.schedules import GemvSchedule, MatrixGemvSchedule, SimtGemmSchedule, WarpgroupSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.gpu import GpuTarget
 from awq_compile.targets.roofs import nominal_roof
@@ -58,6 +58,30 @@ def test_kernels_of_buckets() -> None:
     assert set(buckets_of(*NAMES)) >= {(t, b) for t in NAMES for b in ("gemv", "small", "gemm")}
     with pytest.raises(CompileError, match="medium has no kernel of its own"):
         space_of(problem("opencl"), "medium", resolve_target("opencl"))
+
+
+def test_schedules_for_tensor_cores_that_are_refused() -> None:
+    """Each for its own reason, and its neighbour is legal."""
+    spec = resolve_target("cuda:sm_90")
+    int4 = MatmulProblem(4096, 1024, QuantSpec(4, 128), dtype="float16")
+    float16 = replace(int4, spec=Float16Spec())
+    for p, bucket, refused, reason, legal in (
+        (int4, "wide", WarpgroupSchedule(2, 1, 32), "256 rows of x a block", WarpgroupSchedule(2, 1, 16)),
+        (
+            int4,
+            "large",
+            WarpgroupSchedule(1, 1, 8, 4, ahead=4),
+            "a slice has 2",
+            WarpgroupSchedule(1, 1, 8, 4, ahead=2),
+        ),
+        (int4, "pair", MatrixGemvSchedule(16), "16 warps for 8 groups", MatrixGemvSchedule(8)),
+        (int4, "quad", MatrixGemvSchedule(4, columns=2), "16 rows of x for at most 8", MatrixGemvSchedule(4)),
+        (float16, "gemv", MatrixGemvSchedule(32), "32 warps for 16 groups", MatrixGemvSchedule(16)),
+        (float16, "small", MatrixGemvSchedule(4, stages=2), "wait in registers", MatrixGemvSchedule(4)),
+        (float16, "gemm", WarpgroupSchedule(2, 1, 16), "does not read f16", spec.rule(float16).gemm),
+    ):
+        assert reason in (why_illegal(p, bucket, spec, refused) or ""), (bucket, refused)
+        assert not why_illegal(p, bucket, spec, legal), (bucket, legal)
 
 
 @pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_86", "cuda:sm_90", "cuda:sm_90+sm_100", "cuda:sm_120"])
