@@ -395,3 +395,31 @@ class LinearSchedule:
                 f"the bucket {bucket} has no kernel of its own", hint=f"known: {', '.join(self.by_bucket)}"
             )
         return found
+
+
+@dataclass(frozen=True)
+class DecodeAttentionSchedule:
+    """For `kernels.gpu_attention`: a sequence is cut into chunks, and a block takes one chunk of one key/value head.
+
+    `threads` of a block, of which `key_threads` at most share a key; a thread reads `keys` keys and `values` vectors
+    of values ahead, by loads of `vector_bytes`. Chunks have at most `positions`, or a page, and are shorter where
+    there would be fewer than `blocks`. At most `group` query heads of a key/value head share a block. `subgroup`
+    threads may shuffle, 0 for none. Sums meet in shared memory, of which a block takes `shared_bytes` or what it must.
+    """
+
+    threads: int
+    key_threads: int
+    keys: int
+    values: int
+    vector_bytes: int
+    positions: int
+    blocks: int
+    subgroup: int
+    shared_bytes: int
+    group: int = 8
+
+    def __post_init__(self) -> None:
+        if self.threads & (self.threads - 1) or self.key_threads & (self.key_threads - 1):
+            raise CompileError(f"illegal {self}: threads are powers of two")
+        if min(self.keys, self.values, self.positions, self.blocks, self.group) < 1:
+            raise CompileError(f"illegal {self}: at least one key, value, position, block and head")

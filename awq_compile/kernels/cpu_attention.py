@@ -30,7 +30,7 @@ Expr = Any
 Buffer = Any
 
 _VECTORS: Final = 2  # vectors of rows per tile
-_LOWEST: Final = -5e4  # a score that counts for nothing, TVM's choice
+LOWEST: Final = -5e4  # a score that counts for nothing, TVM's choice
 # 2^f on [-1/2, 1/2], relative error below 1e-8.
 _EXP2: Final = (
     np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
@@ -84,20 +84,20 @@ def _highest(value: Expr, lanes: int) -> Expr:
     return value
 
 
-def _int32(name: str, *shape: Expr) -> Buffer:
+def int32_view(name: str, *shape: Expr) -> Buffer:
     """An auxiliary array: the cache passes views that begin anywhere in one buffer."""
     return T.arg(name, T.buffer(shape, "int32", elem_offset=tirx.Var(f"{name}_offset", "int32")))
 
 
 @contextmanager
-def _function(name: str) -> Iterator[IRBuilder]:
+def attention_function(name: str) -> Iterator[IRBuilder]:
     with IRBuilder() as builder, T.prim_func():
         T.func_name(name)
         T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
         yield builder
 
 
-def _rope_arguments() -> None:
+def rope_arguments() -> None:
     """Rotary embedding within attention is for cache modes that we do not create."""
     for name, dtype in (("rotary_mode", "int32"), ("rope_scale", "float32"), ("rope_theta", "float32")):
         T.arg(name, tirx.Var(name, dtype))
@@ -107,18 +107,18 @@ def ragged_prefill(shape: AttentionShape) -> Any:
     """Attention of new tokens to themselves: k and v (m, Hkv, D) are those of the same call."""
     s = shape
     n, m, b = tirx.Var("n", "int32"), tirx.Var("m", "int32"), tirx.Var("b", "int32")
-    with _function("attention_ragged_prefill") as builder:
+    with attention_function("attention_ragged_prefill") as builder:
         q = T.arg("q", T.buffer((n, s.heads, s.head_dim), s.dtype))
-        q_indptr = _int32("q_indptr", b + 1)
+        q_indptr = int32_view("q_indptr", b + 1)
         k = T.arg("k", T.buffer((m, s.kv_heads, s.head_dim), s.dtype))
         v = T.arg("v", T.buffer((m, s.kv_heads, s.head_dim), s.dtype))
-        kv_indptr = _int32("kv_indptr", b + 1)
-        _int32("q_rope_position", n)
-        _int32("k_rope_pos_offset", b)
+        kv_indptr = int32_view("kv_indptr", b + 1)
+        int32_view("q_rope_position", n)
+        int32_view("k_rope_pos_offset", b)
         out = T.arg("out", T.buffer((n, s.heads, s.head_dim), s.dtype))
         lse = T.arg("lse", T.buffer((n, s.heads), "float32"))
         causal = T.arg("causal", tirx.Var("causal", "int32"))
-        _rope_arguments()
+        rope_arguments()
         sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
         with T.serial(0, b) as i:
             first = T.bind(kv_indptr[i])
@@ -135,20 +135,20 @@ def paged_prefill(shape: AttentionShape) -> Any:
     """Attention of new tokens to the pages of their sequences."""
     s = shape
     n, b = tirx.Var("n", "int32"), tirx.Var("b", "int32")
-    with _function("attention_paged_prefill") as builder:
+    with attention_function("attention_paged_prefill") as builder:
         q = T.arg("q", T.buffer((n, s.heads, s.head_dim), s.dtype))
-        q_indptr = _int32("q_indptr", b + 1)
-        pages, page_indptr, page_values, length_info = _page_arguments(s, b)
-        _int32("k_rope_pos_offset", b)
-        _int32("q_rope_position", n)
+        q_indptr = int32_view("q_indptr", b + 1)
+        pages, page_indptr, page_values, length_info = page_arguments(s, b)
+        int32_view("k_rope_pos_offset", b)
+        int32_view("q_rope_position", n)
         out = T.arg("out", T.buffer((n, s.heads, s.head_dim), s.dtype))
         lse = T.arg("lse", T.buffer((n, s.heads), "float32"))
         causal = T.arg("causal", tirx.Var("causal", "int32"))
-        _rope_arguments()
+        rope_arguments()
         sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
         with T.serial(0, b) as i:
             first = T.bind(page_indptr[i])
-            length = T.bind(_length(s, page_indptr, length_info, i))
+            length = T.bind(length_of(s, page_indptr, length_info, i))
 
             def block_reader(head: Expr, block: Expr, first: Expr = first) -> tuple[_Element, _Element]:
                 page, start = T.bind(page_values[first + block]), block * s.page
@@ -160,14 +160,14 @@ def paged_prefill(shape: AttentionShape) -> Any:
     return builder.get()
 
 
-def _page_arguments(s: AttentionShape, b: Expr) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+def page_arguments(s: AttentionShape, b: Expr) -> tuple[Buffer, Buffer, Buffer, Buffer]:
     """pages, page_indptr, page_values, length_info (tokens in each sequence's last page)."""
     count, used = tirx.Var("num_pages", "int32"), tirx.Var("nnz_pages", "int32")
     pages = T.arg("pages", T.buffer((count, 2, s.kv_heads, s.page, s.head_dim), s.dtype))
-    return pages, _int32("page_indptr", b + 1), _int32("page_values", used), _int32("length_info", b)
+    return pages, int32_view("page_indptr", b + 1), int32_view("page_values", used), int32_view("length_info", b)
 
 
-def _length(s: AttentionShape, page_indptr: Buffer, length_info: Buffer, i: Expr) -> Expr:
+def length_of(s: AttentionShape, page_indptr: Buffer, length_info: Buffer, i: Expr) -> Expr:
     """Positions of sequence i: whole pages, and what the last one holds."""
     pages = page_indptr[i + 1] - page_indptr[i]
     return tirx.Select(pages > 0, (pages - 1) * s.page + length_info[i], tirx.const(0, "int32"))
@@ -219,7 +219,7 @@ def _attend(
                 T.buffer_store(q_t, value * (sm_scale * math.log2(math.e)), [d, lane])
         for v in range(vectors):
             part = ramp(v * lanes, lanes)
-            T.buffer_store(state, tirx.Broadcast(tirx.const(_LOWEST, "float32"), lanes), [0, part])
+            T.buffer_store(state, tirx.Broadcast(tirx.const(LOWEST, "float32"), lanes), [0, part])
             T.buffer_store(state, tirx.Broadcast(tirx.const(1, "float32"), lanes), [1, part])
             with T.serial(0, dim) as d:
                 T.buffer_store(o_t, zeros(lanes), [d, part])
@@ -266,7 +266,7 @@ def _softmax(s: AttentionShape, scores: Buffer, state: Buffer, visible: Buffer, 
     local = T.alloc_buffer((2 * lanes,), "float32", scope="local")
     highest, weights = ramp(0, lanes), ramp(lanes, lanes)
     seen, before = T.bind(visible[part]), T.bind(state[0, part])
-    lowest = tirx.Broadcast(tirx.const(_LOWEST, "float32"), lanes)
+    lowest = tirx.Broadcast(tirx.const(LOWEST, "float32"), lanes)
     T.buffer_store(local, before, [highest])
     with T.serial(0, s.page) as p:
         masked = T.bind(tirx.Select(tirx.Broadcast(start + p, lanes) < seen, scores[p, part], lowest))
@@ -308,14 +308,14 @@ def paged_decode(shape: AttentionShape) -> Any:
     lanes, group = s.head_lanes, s.group
     vectors = s.head_dim // lanes
     b = tirx.Var("b", "int32")
-    with _function("attention_paged_decode") as builder:
+    with attention_function("attention_paged_decode") as builder:
         q = T.arg("q", T.buffer((b, s.heads, s.head_dim), s.dtype))
-        pages, page_indptr, page_values, length_info = _page_arguments(s, b)
-        _int32("k_rope_pos_offset", b)
-        _int32("q_rope_position", b)
+        pages, page_indptr, page_values, length_info = page_arguments(s, b)
+        int32_view("k_rope_pos_offset", b)
+        int32_view("q_rope_position", b)
         out = T.arg("out", T.buffer((b, s.heads, s.head_dim), s.dtype))
         lse = T.arg("lse", T.buffer((b, s.heads), "float32"))
-        _rope_arguments()
+        rope_arguments()
         sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
         with T.parallel(0, b * s.kv_heads) as task:
             i, head = T.bind(task // s.kv_heads), T.bind(task % s.kv_heads)
@@ -326,14 +326,14 @@ def paged_decode(shape: AttentionShape) -> Any:
             columns = [ramp(v * lanes, lanes) for v in range(vectors)]
             scale = T.bind(sm_scale * math.log2(math.e))
             with T.serial(0, group) as g:
-                T.buffer_store(state, tirx.const(_LOWEST, "float32"), [0, g])
+                T.buffer_store(state, tirx.const(LOWEST, "float32"), [0, g])
                 T.buffer_store(state, tirx.const(1, "float32"), [1, g])
                 for column in columns:
                     query = cast("float32", q[i, head * group + g, column], lanes)
                     T.buffer_store(queries, query * scale, [g, column])
                     T.buffer_store(sums, zeros(lanes), [g, column])
             first = T.bind(page_indptr[i])
-            length = T.bind(_length(s, page_indptr, length_info, i))
+            length = T.bind(length_of(s, page_indptr, length_info, i))
             with T.serial(0, (length + (s.page - 1)) // s.page) as block:
                 page = T.bind(page_values[first + block])
                 used = T.bind(tirx.min(length - block * s.page, s.page))
@@ -365,7 +365,7 @@ def _decode_softmax(
 ) -> None:
     """One head's block of scores becomes weights; its state and sums are brought up to date."""
     every = ramp(0, page)
-    lowest = tirx.Broadcast(tirx.const(_LOWEST, "float32"), page)
+    lowest = tirx.Broadcast(tirx.const(LOWEST, "float32"), page)
     live = T.ramp(tirx.const(0, "int32"), 1, page) < tirx.Broadcast(used, page)
     T.buffer_store(scores, tirx.Select(live, scores[g, every], lowest), [g, every])
     score = T.bind(scores[g, every])
@@ -386,7 +386,7 @@ def merge_state(shape: AttentionShape) -> Any:
     s = shape
     lanes = s.head_lanes
     n = tirx.Var("n", "int32")
-    with _function("attention_merge_state") as builder:
+    with attention_function("attention_merge_state") as builder:
         v = T.arg("v", T.buffer((n, s.heads, s.head_dim), s.dtype))
         lse = T.arg("lse", T.buffer((n, s.heads), "float32"))
         v_other = T.arg("v_other", T.buffer((n, s.heads, s.head_dim), s.dtype))
@@ -413,9 +413,9 @@ def split_rotary(shape: AttentionShape, frequencies: np.ndarray[Any, np.dtype[np
     half = s.head_dim // 2
     lanes = math.gcd(s.lanes, half)
     n = tirx.Var("n", "int32")
-    with _function("attention_split_rotary") as builder:
+    with attention_function("attention_split_rotary") as builder:
         qkv = T.arg("qkv", T.buffer((n, s.heads + 2 * s.kv_heads, s.head_dim), s.dtype))
-        position_map = _int32("position_map", n)
+        position_map = int32_view("position_map", n)
         q = T.arg("q", T.buffer((n, s.heads, s.head_dim), s.dtype))
         k = T.arg("k", T.buffer((n, s.kv_heads, s.head_dim), s.dtype))
         v = T.arg("v", T.buffer((n, s.kv_heads, s.head_dim), s.dtype))

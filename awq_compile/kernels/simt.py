@@ -63,6 +63,10 @@ class Registers:
     def __setitem__(self, index: int, value: Expr) -> None:
         T.buffer_store(self._buffer, value, [index])
 
+    def vector(self, index: int, lanes: int) -> Expr:
+        """`lanes` of them from `index` on."""
+        return self._buffer[ramp(index, lanes)]
+
 
 @dataclass(frozen=True)
 class ThreadReader:

@@ -79,12 +79,14 @@ class _Kernel:
 class _Pages:
     """Keys and values of sequences of `lengths`, in pages; with a sliding window, parts of them are skipped.
 
-    `windows` gives (sink, offset) of each sequence: positions from `sink` up to `offset` are no longer seen.
+    `windows` gives (sink, offset) of each sequence: positions from `sink` up to `offset` are no longer seen. `spare`
+    more entries of the page table, of no sequence and no page, lie behind the others.
     """
 
     kernel: _Kernel
     lengths: Sequence[int]
     windows: Sequence[tuple[int, int]] | None = None
+    spare: int = 0
     k: list[Array] = field(default_factory=list)
     v: list[Array] = field(default_factory=list)
 
@@ -112,7 +114,7 @@ class _Pages:
         info: Any = last
         if self.windows is not None:
             info = [last, [offset for _, offset in self.windows], [sink for sink, _ in self.windows]]
-        return [memory, ints(indptr), ints(order), ints(info)]
+        return [memory, ints(indptr), ints([*order, *[-1] * self.spare]), ints(info)]
 
 
 def ragged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
@@ -171,21 +173,51 @@ def paged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | 
         yield kernel.case(label, arguments, 8, parts, kernel.scalars(rotary, causal))
 
 
-def paged_decode(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
-    """One token of each sequence against its pages."""
+def sliding_decode(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
+    """One token of each sequence against what its window keeps of its pages."""
     kernel = _Kernel.of(table, rng, scaling)
-    sliding = len(shape_of(table, "length_info")) == 2
-    plain: Any = (((1,), None, False), ((1, 100, 0, 48, 16), None, False), ((33, 7), None, True))
-    windowed: Any = (((40,), ((0, 0),), False), ((100, 37), ((4, 20), (0, 18)), True), ((50, 16), ((2, 49), (0, 1)), 0))
-    for lengths, windows, rotary in windowed if sliding else plain:
-        q = kernel.random(len(lengths), kernel.heads, kernel.dim)
-        pages = _Pages(kernel, lengths, windows)
-        memory = pages.arguments()
-        positions, starts = ints(rng.integers(0, 90, len(q))), ints(rng.integers(0, 50, len(lengths)))
-        indptr = np.arange(len(lengths) + 1)
-        parts = _paged(kernel, q, indptr, pages, positions, starts, bool(rotary), lambda _, n, m: np.ones((n, m), bool))
-        label = f"kv={lengths}" + " rotary" * bool(rotary)
-        yield kernel.case(label, [q, *memory, starts, positions], 7, parts, kernel.scalars(bool(rotary)))
+    for lengths, windows, rotary in (
+        ((40,), ((0, 0),), False),
+        ((100, 37), ((4, 20), (0, 18)), True),
+        ((50, 16), ((2, 49), (0, 1)), False),
+    ):
+        yield _decode(kernel, lengths, rotary, windows)
+
+
+def paged_decode(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
+    """One token of each sequence against its pages, which our kernel takes in chunks.
+
+    Their length follows from the length of the page table: with few pages it is a page, with very many the most there
+    is. Entries that no sequence owns stand for the many. Keys are rotated when they come into the cache.
+    """
+    kernel = _Kernel.of(table, rng, scaling)
+    page: int = shape_of(table, "pages")[3]
+    many = 160_000 // (page * kernel.kv_heads)
+    for lengths, spare in (
+        ((1,), 0),
+        ((1, 100, 0, 48, page), 0),
+        ((0, 700, 33), 0),
+        ((3 * page, 0, 5 * page + 1), 0),
+        ((600, 7), many),
+    ):
+        yield _decode(kernel, lengths, False, spare=spare)
+
+
+def _decode(
+    kernel: _Kernel,
+    lengths: Sequence[int],
+    rotary: bool,
+    windows: Sequence[tuple[int, int]] | None = None,
+    spare: int = 0,
+) -> Case:
+    q = kernel.random(len(lengths), kernel.heads, kernel.dim)
+    pages = _Pages(kernel, lengths, windows, spare)
+    memory = pages.arguments()
+    positions, starts = ints(kernel.rng.integers(0, 90, len(q))), ints(kernel.rng.integers(0, 50, len(lengths)))
+    indptr = np.arange(len(lengths) + 1)
+    parts = _paged(kernel, q, indptr, pages, positions, starts, rotary, lambda _, n, m: np.ones((n, m), bool))
+    label = f"kv={lengths}" + f" of {spare} more pages" * bool(spare) + " rotary" * rotary
+    return kernel.case(label, [q, *memory, starts, positions], 7, parts, kernel.scalars(rotary))
 
 
 def _paged(

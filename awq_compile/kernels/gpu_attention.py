@@ -1,0 +1,571 @@
+"""Attention of one new token per sequence over a paged KV cache on a GPU, with the signature of TVM's kernel.
+
+A step of decoding has too few heads to fill a GPU, so the positions of a sequence are shared by several blocks
+("flash decoding", Dao, Haziza, Massa, Sizov 2023). With s = q·k * scale * log2(e), base 2 throughout:
+
+    each chunk C of positions:      m = max s,  p = 2^(s - m),  l = sum p,  o = sum p v
+    each sequence, over its chunks: M = max m,  L = sum 2^(m - M) l,  out = sum 2^(m - M) o / L,  lse = M + log2 L
+
+The first kernel has a block for every chunk and key/value head, or part of its query heads: k and v are read once for
+all of them. A thread of (key_threads, rows) takes part of a key for the scores, and one vector of the head
+for the values, whose first loads are under way before the scores are known. The second kernel merges.
+
+Chunks have `pages` pages. Sequence i, with the pages page_indptr[i] … page_indptr[i + 1] - 1, has the chunks from
+page_indptr[i] // pages + i on: places of neighbours never meet, since ⌊(a + n) / c⌋ + 1 ≥ ⌊a / c⌋ + ⌈n / c⌉, and no
+block has to add up the chunks before its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from awq_compile.errors import CompileError
+from awq_compile.kernels.cpu_attention import (
+    LOWEST,
+    AttentionShape,
+    attention_function,
+    int32_view,
+    length_of,
+    page_arguments,
+    rope_arguments,
+)
+from awq_compile.kernels.simd import cast, ramp
+from awq_compile.kernels.simt import Registers, barrier, branch, load_vectors, sum_over_threads, workspace
+from awq_compile.schedules import DecodeAttentionSchedule
+
+Expr = Any
+Buffer = Any
+
+_LEAST: Final = -3e38  # below every score
+_SLOTS: Final = 64  # the workspace grows by so many chunks, for TVM's runtime waits for the device when it does
+_AHEAD: Final = 4  # partial results that a thread of the second kernel reads at once
+
+
+def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name: str) -> Any:
+    """The PrimFunc: q (b, Hq, D) against pages (P, 2, Hkv, page, D) → out (b, Hq, D), lse (b, Hq).
+
+    The rotary arguments are ignored: TVM's runtime rotates within attention in caches with a sliding window only, and
+    those call another kernel.
+    """
+    plan = _Plan.of(shape, schedule)
+    b = tirx.Var("b", "int32")
+    with attention_function(name) as builder:
+        q = T.arg("q", T.buffer((b, shape.heads, shape.head_dim), shape.dtype))
+        pages, page_indptr, page_values, length_info = page_arguments(shape, b)
+        int32_view("k_rope_pos_offset", b)
+        int32_view("q_rope_position", b)
+        out = T.arg("out", T.buffer((b, shape.heads, shape.head_dim), shape.dtype))
+        lse = T.arg("lse", T.buffer((b, shape.heads), "float32"))
+        rope_arguments()
+        sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
+        used = page_values.shape[0]
+        wanted = tirx.floordiv(used * plan.blocks_of_chunk + (schedule.blocks - 1), schedule.blocks)
+        per_chunk = T.bind(tirx.max(tirx.min(wanted, plan.most_pages), 1))
+        slots = T.bind(tirx.floordiv(used, per_chunk) + b)  # no sequence has a chunk beyond
+        kept = tirx.floordiv(slots + (_SLOTS - 1), _SLOTS) * _SLOTS
+        partial = _Partial(shape, workspace("partial", (kept * (shape.heads * (shape.head_dim + 2)),), "float32"), kept)
+        cache = _Cache(shape, pages, page_indptr, page_values, length_info)
+        with (
+            T.launch_thread("blockIdx.x", slots) as slot,
+            T.launch_thread("blockIdx.y", plan.blocks_of_chunk) as by,
+            T.launch_thread("threadIdx.x", plan.key_threads) as tx,
+            T.launch_thread("threadIdx.y", plan.key_rows) as ty,
+        ):
+            _Chunk(plan, q, cache, partial, slot, by, tx, ty).emit(b, per_chunk, sm_scale)
+        _merge(shape, plan, partial, page_indptr, per_chunk, out, lse, b)
+    return builder.get()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a schedule fits a shape: `lanes` elements of a load, `columns` loads of a row of D elements."""
+
+    shape: AttentionShape
+    schedule: DecodeAttentionSchedule
+    lanes: int
+    columns: int
+    key_threads: int
+    group: int  # query heads of a block
+
+    @staticmethod
+    def of(shape: AttentionShape, schedule: DecodeAttentionSchedule) -> _Plan:
+        lanes = math.gcd(shape.head_dim, schedule.vector_bytes // (2 if shape.dtype == "float16" else 4))
+        columns = shape.head_dim // lanes
+        if columns > schedule.threads:
+            raise CompileError(
+                f"head_dim {shape.head_dim} has {columns} vectors, more than a block's {schedule.threads} threads"
+            )
+        group = max(n for n in range(1, schedule.group + 1) if shape.group % n == 0)
+        return _Plan(shape, schedule, lanes, columns, math.gcd(columns, schedule.key_threads), group)
+
+    @property
+    def key_rows(self) -> int:
+        """Keys that the block reads side by side."""
+        return self.schedule.threads // self.key_threads
+
+    @property
+    def key_vectors(self) -> int:
+        """Loads of a thread for a key."""
+        return self.columns // self.key_threads
+
+    @property
+    def value_rows(self) -> int:
+        """Values that the block reads side by side; threads beyond them do the last row's work again."""
+        return self.schedule.threads // self.columns
+
+    @property
+    def parts(self) -> int:
+        """Blocks that share a key/value head's query heads."""
+        return self.shape.group // self.group
+
+    @property
+    def blocks_of_chunk(self) -> int:
+        return self.shape.kv_heads * self.parts
+
+    @property
+    def most_pages(self) -> int:
+        """Of a chunk."""
+        return max(1, self.schedule.positions // self.shape.page)
+
+    @property
+    def scores(self) -> int:
+        """Rows of scores: those of a chunk, in whole steps of `value_rows`."""
+        return -(-self.most_pages * self.shape.page // self.value_rows) * self.value_rows
+
+    @property
+    def together(self) -> int:
+        """Query heads whose sums meet in shared memory at a time."""
+        group, dim = self.group, self.shape.head_dim
+        floats = group * (dim + 2 * self.scores + self.key_rows + self.value_rows + 1)
+        if not self.shuffles:
+            floats += group * self.schedule.threads
+        left = self.schedule.shared_bytes // 4 - floats
+        return max(1, min(group, left // (self.value_rows * dim)))
+
+    @property
+    def shuffles(self) -> bool:
+        """Whether the threads of a key can."""
+        return self.key_threads == 1 or bool(self.schedule.subgroup and self.schedule.subgroup % self.key_threads == 0)
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """The chunks' results in one buffer: o (slots, Hq, D), behind it m and l (slots, Hq, 2)."""
+
+    shape: AttentionShape
+    memory: Buffer
+    slots: Expr
+
+    def output(self, slot: Expr, head: Expr, d: Expr) -> Expr:
+        return (slot * self.shape.heads + head) * self.shape.head_dim + d
+
+    def state(self, slot: Expr, head: Expr) -> Expr:
+        """Of m; l is next."""
+        outputs = self.slots * (self.shape.heads * self.shape.head_dim)
+        return outputs + (slot * self.shape.heads + head) * 2
+
+
+@dataclass(frozen=True)
+class _Cache:
+    shape: AttentionShape
+    pages: Buffer
+    page_indptr: Buffer
+    page_values: Buffer
+    length_info: Buffer
+
+
+def _kept(value: Expr, dtype: str = "int32") -> Expr:
+    """In a register: what is bound would be computed wherever it is read."""
+    register = Registers(1, dtype)
+    register[0] = value
+    return register[0]
+
+
+def _shared(count: int) -> Buffer:
+    return T.alloc_buffer((count,), "float32", scope="shared")
+
+
+def _number(value: float) -> Expr:
+    return tirx.const(value, "float32")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The first kernel: a block for chunk `slot` and part `by` of the query heads."""
+
+    plan: _Plan
+    q: Buffer
+    cache: _Cache
+    partial: _Partial
+    slot: Expr
+    by: Expr
+    tx: Expr
+    ty: Expr
+
+    def emit(self, b: Expr, per_chunk: Expr, sm_scale: Expr) -> None:
+        """Where there is no such chunk, there are no positions: all threads meet at the barriers nevertheless."""
+        shape, cache, slot = self.plan.shape, self.cache, self.slot
+        sequence = Registers(1, "int32")
+        sequence[0] = tirx.const(0, "int32")
+        with T.serial(1, b) as i:  # its place is not beyond `slot`
+            begins = cache.page_indptr[i] < (slot - i + 1) * per_chunk
+            sequence[0] = sequence[0] + tirx.Cast("int32", begins)
+        i = sequence[0]
+        begin = _kept(cache.page_indptr[i])
+        chunk = _kept(slot - i - tirx.truncdiv(begin, per_chunk))
+        length = _kept(length_of(shape, cache.page_indptr, cache.length_info, i) - chunk * per_chunk * shape.page)
+        positions = _kept(tirx.min(length, per_chunk * shape.page))
+        first_page = _kept(begin + chunk * per_chunk)
+        self._attend(i, first_page, positions, sm_scale)
+
+    def _attend(self, i: Expr, first_page: Expr, positions: Expr, sm_scale: Expr) -> None:
+        plan, shape = self.plan, self.plan.shape
+        group, dim, threads = plan.group, shape.head_dim, plan.schedule.threads
+        flat = _kept(self.ty * plan.key_threads + self.tx)
+        head = _kept(tirx.floordiv(self.by, plan.parts))
+        first_head = _kept(head * shape.group + tirx.floormod(self.by, plan.parts) * group)
+        page_of = _PageOf(shape, self.cache, first_page, positions, head)
+        values = _Values(plan, page_of, flat)
+        keys = _Keys(plan, page_of, self.tx, self.ty)
+        queries, scores, weights = _shared(group * dim), _shared(plan.scores * group), _shared(plan.scores * group)
+        values.load(0)
+        with T.If(positions > 0), T.Then():
+            keys.load(0)
+        scale = _kept(sm_scale * math.log2(math.e), "float32")
+        for start in range(0, group * dim, threads):
+            at = start + flat
+            with branch(at < group * dim, always=start + threads <= group * dim):
+                query = cast("float32", self.q[i, first_head + at // dim, at % dim], 1)
+                T.buffer_store(queries, query * scale, [at])
+        barrier()
+        highest, top = _shared(group * plan.key_rows), _shared(group)
+        keys.scores(queries, scores, highest, positions)
+        barrier()
+        _weigh(plan, scores, highest, weights, top, flat, positions)
+        barrier()
+        values.add_up(weights, positions)
+        values.store(self.partial, self.slot, first_head, top)
+
+
+@dataclass(frozen=True)
+class _PageOf:
+    """Where a chunk's positions lie; those beyond its end are the last one's: their memory may hold anything."""
+
+    shape: AttentionShape
+    cache: _Cache
+    first_page: Expr
+    positions: Expr
+    head: Expr
+
+    def load(self, part: int, position: Expr, columns: list[Expr], into: Buffer, first: int, lanes: int) -> None:
+        """`lanes` elements from each of `columns` on, of the key (part 0) or value (1) at a position."""
+        p = _kept(tirx.min(position, self.positions - 1))
+        page = _kept(self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)])
+        for n, column in enumerate(columns):
+            place = (page, part, self.head, tirx.floormod(p, self.shape.page), ramp(column, lanes))
+            T.buffer_store(into, self.cache.pages[place], [ramp(first + n * lanes, lanes)])
+
+
+class _Keys:
+    """A thread's part of the keys of its row: vectors tx, tx + key_threads, … of each."""
+
+    def __init__(self, plan: _Plan, page_of: _PageOf, tx: Expr, ty: Expr) -> None:
+        self.plan, self.page_of, self.tx, self.ty = plan, page_of, tx, ty
+        self.count = plan.schedule.keys
+        self.loaded = T.alloc_buffer((self.count * plan.key_vectors * plan.lanes,), plan.shape.dtype, scope="local")
+
+    def _column(self, vector: int) -> Expr:
+        return (vector * self.plan.key_threads + self.tx) * self.plan.lanes
+
+    def _position(self, step: Expr, key: int) -> Expr:
+        return (step * self.count + key) * self.plan.key_rows + self.ty
+
+    def load(self, step: Expr) -> None:
+        plan = self.plan
+        columns = [self._column(vector) for vector in range(plan.key_vectors)]
+        for key in range(self.count):
+            first = key * plan.key_vectors * plan.lanes
+            self.page_of.load(0, self._position(step, key), columns, self.loaded, first, plan.lanes)
+
+    def scores(self, queries: Buffer, scores: Buffer, highest: Buffer, positions: Expr) -> None:
+        """scores[position, head], and of each row of threads the highest[head, row]."""
+        plan, group = self.plan, self.plan.group
+        at_once = self.count * plan.key_rows
+        steps = T.bind(tirx.floordiv(positions + (at_once - 1), at_once))
+        mine = group if plan.shuffles else -(-group // plan.key_threads)  # heads whose scores the thread writes
+        tops = Registers(mine)
+        for n in range(mine):
+            tops[n] = _number(_LEAST)
+        exchange = None if plan.shuffles else _shared(group * plan.schedule.threads)
+        sums = Registers(self.count * group)
+        with T.serial(0, steps) as step:
+            self._dots(queries, sums)
+            self._reduced(sums, exchange, scores, tops, step, positions)
+            with T.If(step + 1 < steps), T.Then():
+                self.load(step + 1)
+        for n in range(mine):
+            head = n if plan.shuffles else n * plan.key_threads + self.tx
+            last = plan.shuffles or (n + 1) * plan.key_threads <= group
+            writes = self.tx == 0 if plan.shuffles else head < group
+            with branch(writes, always=plan.key_threads == 1 if plan.shuffles else last):
+                T.buffer_store(highest, tops[n], [head * plan.key_rows + self.ty])
+
+    def _dots(self, queries: Buffer, sums: Registers) -> None:
+        """The thread's part of q·k: queries are read once for all its keys."""
+        plan = self.plan
+        query = Registers(plan.lanes)
+        for n in range(self.count * plan.group):
+            sums[n] = _number(0)
+        for vector in range(plan.key_vectors):
+            for g in range(plan.group):
+                start = g * plan.shape.head_dim + self._column(vector)
+                found = load_vectors(lambda at: queries[at], start, plan.lanes, math.gcd(plan.lanes, 4))
+                for e, element in enumerate(found):
+                    query[e] = element
+                for key in range(self.count):
+                    first = (key * plan.key_vectors + vector) * plan.lanes
+                    for e in range(plan.lanes):
+                        product = query[e] * cast("float32", self.loaded[first + e], 1)
+                        sums[key * plan.group + g] = sums[key * plan.group + g] + product
+
+    def _reduced(
+        self, sums: Registers, exchange: Buffer | None, scores: Buffer, tops: Registers, step: Expr, positions: Expr
+    ) -> None:
+        """Adds up over the threads of a key, and keeps the score where the position is one."""
+        plan, group = self.plan, self.plan.group
+
+        def keep(key: int, head: Expr, place: int, value: Expr) -> None:
+            position = self._position(step, key)
+            with T.If(position < positions), T.Then():
+                T.buffer_store(scores, value, [position * group + head])
+                tops[place] = tirx.max(tops[place], value)
+
+        if exchange is None:
+            every = [sums[n] for n in range(self.count * group)]
+            totals = sum_over_threads(every, self.tx, plan.key_threads, plan.schedule.subgroup)
+            with branch(self.tx == 0, always=plan.key_threads == 1):
+                for key in range(self.count):
+                    for g in range(group):
+                        keep(key, g, g, totals[key * group + g])
+            return
+        threads = plan.schedule.threads
+        row = self.ty * plan.key_threads
+        total = Registers(1)
+        for key in range(self.count):
+            for g in range(group):
+                T.buffer_store(exchange, sums[key * group + g], [g * threads + row + self.tx])
+            barrier()
+            for place, first in enumerate(range(0, group, plan.key_threads)):
+                head = first + self.tx
+                with branch(head < group, always=first + plan.key_threads <= group):
+                    total[0] = exchange[head * threads + row]
+                    for other in range(1, plan.key_threads):
+                        total[0] = total[0] + exchange[head * threads + row + other]
+                    keep(key, head, place, total[0])
+            barrier()
+
+
+def _weigh(
+    plan: _Plan, scores: Buffer, highest: Buffer, weights: Buffer, top: Buffer, flat: Expr, positions: Expr
+) -> None:
+    """Weights p of all scores, 0 behind the end, and the highest score of each head into `top`.
+
+    Not in place of the scores: TVM would put a barrier between a thread's own reads and writes.
+    """
+    group, rows = plan.group, plan.key_rows
+    each = plan.schedule.threads // group  # threads of a head
+    head, first = _kept(tirx.floordiv(flat, each)), _kept(tirx.floormod(flat, each))
+    whole = T.bind(tirx.floordiv(positions + (plan.value_rows - 1), plan.value_rows) * plan.value_rows)
+    with branch(head < group, always=each * group == plan.schedule.threads):
+        m = Registers(1)
+        m[0] = _number(_LEAST)
+        lanes = math.gcd(rows, 4)
+        with T.serial(0, rows // lanes) as r:
+            for value in load_vectors(lambda at: highest[at], head * rows + r * lanes, lanes, lanes):
+                m[0] = tirx.max(m[0], value)
+        with T.If(first == 0), T.Then():
+            T.buffer_store(top, m[0], [head])
+        with T.serial(0, tirx.floordiv(whole - first + (each - 1), each)) as step:
+            position = T.bind(first + step * each)
+            at = position * group + head
+            weight = tirx.if_then_else(position < positions, tirx.exp2(scores[at] - m[0]), _number(0))
+            T.buffer_store(weights, weight, [at])
+
+
+class _Values:
+    """A thread's vector of the values of its rows, and what they add up to for each query head."""
+
+    def __init__(self, plan: _Plan, page_of: _PageOf, flat: Expr) -> None:
+        self.plan, self.page_of, self.flat = plan, page_of, flat
+        self.count = plan.schedule.values
+        # A register and its multiple: TVM reads a vector at once where it sees that the place is aligned.
+        self.column = _kept(tirx.floormod(flat, plan.columns)) * plan.lanes
+        spare = plan.schedule.threads % plan.columns
+        row = tirx.floordiv(flat, plan.columns)
+        self.row = _kept(tirx.min(row, plan.value_rows - 1) if spare else row)
+        self.loaded = T.alloc_buffer((self.count * plan.lanes,), plan.shape.dtype, scope="local")
+        self.sums, self.weights = Registers(plan.group * plan.lanes), Registers(plan.group)
+
+    def _first(self, step: Expr, n: int) -> Expr:
+        """Position of the block's first row."""
+        return (step * self.count + n) * self.plan.value_rows
+
+    def load(self, step: Expr) -> None:
+        """Rows that begin behind the end are left out."""
+        lanes = self.plan.lanes
+        for n in range(self.count):
+            first = self._first(step, n)
+            with T.If(first < self.page_of.positions), T.Then():
+                self.page_of.load(1, first + self.row, [self.column], self.loaded, n * lanes, lanes)
+
+    def add_up(self, weights: Buffer, positions: Expr) -> None:
+        """Sums of weights and of weighted values."""
+        plan, group, lanes = self.plan, self.plan.group, self.plan.lanes
+        for n in range(group * lanes):
+            self.sums[n] = _number(0)
+        for n in range(group):
+            self.weights[n] = _number(0)
+        weight = Registers(group)
+        at_once = self.count * plan.value_rows
+        steps = T.bind(tirx.floordiv(positions + (at_once - 1), at_once))
+        with T.serial(0, steps) as step:
+            for n in range(self.count):
+                first = self._first(step, n)
+                with T.If(first < positions), T.Then():
+                    start = (first + self.row) * group
+                    found = load_vectors(lambda at: weights[at], start, group, math.gcd(group, 4))
+                    for g, value in enumerate(found):
+                        weight[g] = value
+                    for g in range(group):
+                        self.weights[g] = self.weights[g] + weight[g]
+                        for e in range(lanes):
+                            product = weight[g] * cast("float32", self.loaded[n * lanes + e], 1)
+                            self.sums[g * lanes + e] = self.sums[g * lanes + e] + product
+            with T.If(step + 1 < steps), T.Then():
+                self.load(step + 1)
+
+    def store(self, partial: _Partial, slot: Expr, first_head: Expr, top: Buffer) -> None:
+        """Adds up over the rows of threads, a few heads at a time, and writes o, m and l."""
+        plan, group, lanes = self.plan, self.plan.group, self.plan.lanes
+        dim, rows, threads = plan.shape.head_dim, plan.value_rows, plan.schedule.threads
+        positions = self.page_of.positions
+        every = threads % plan.columns == 0
+        sums, weights = _shared(plan.together * rows * dim), _shared(group * rows)
+        total = Registers(1)
+        wide = math.gcd(lanes, 4)
+        for head in range(0, group, plan.together):
+            heads = min(plan.together, group - head)
+            if head:
+                barrier()
+            with branch(self.flat < rows * plan.columns, always=every):
+                for g in range(heads):
+                    for e in range(0, lanes, wide):
+                        found = self.sums.vector((head + g) * lanes + e, wide)
+                        start = (g * rows + self.row) * dim + self.column + e
+                        T.buffer_store(sums, found, [ramp(start, wide)])
+                if not head:
+                    with T.If(self.column == 0), T.Then():
+                        for g in range(group):
+                            T.buffer_store(weights, self.weights[g], [g * rows + self.row])
+            barrier()
+            for start in range(0, heads * dim, threads):
+                at = start + self.flat
+                with T.If(tirx.all(positions > 0, at < heads * dim)), T.Then():
+                    g, d = at // dim, at % dim
+                    total[0] = sums[g * rows * dim + d]
+                    with T.serial(1, rows) as r:
+                        total[0] = total[0] + sums[(g * rows + r) * dim + d]
+                    T.buffer_store(partial.memory, total[0], [partial.output(slot, first_head + head + g, d)])
+        with T.If(tirx.all(positions > 0, self.flat < group)), T.Then():
+            total[0] = weights[self.flat * rows]
+            with T.serial(1, rows) as r:
+                total[0] = total[0] + weights[self.flat * rows + r]
+            at = partial.state(slot, first_head + self.flat)
+            T.buffer_store(partial.memory, top[self.flat], [at])
+            T.buffer_store(partial.memory, total[0], [at + 1])
+
+
+def _merge(
+    shape: AttentionShape,
+    plan: _Plan,
+    partial: _Partial,
+    page_indptr: Buffer,
+    per_chunk: Expr,
+    out: Buffer,
+    lse: Buffer,
+    b: Expr,
+) -> None:
+    """The second kernel: a block for a query head of a sequence, whose rows of threads share the chunks."""
+    dim, memory = shape.head_dim, partial.memory
+    lanes = math.gcd(dim, 4)
+    columns = dim // lanes
+    rows = max(1, min(plan.schedule.threads // columns, 16))
+    with (
+        T.launch_thread("blockIdx.x", shape.heads) as head,
+        T.launch_thread("blockIdx.y", b) as i,
+        T.launch_thread("threadIdx.x", columns) as tx,
+        T.launch_thread("threadIdx.y", rows) as ty,
+    ):
+        begin = _kept(page_indptr[i])
+        chunks = _kept(tirx.truncdiv(page_indptr[i + 1] - begin + per_chunk - 1, per_chunk))
+        slot = _kept(tirx.truncdiv(begin, per_chunk) + i)
+        state, sums = Registers(2), Registers(lanes)  # m and l; o
+        state[0], state[1] = _number(_LEAST), _number(0)
+        for e in range(lanes):
+            sums[e] = _number(0)
+        tops, weights, found, factor = Registers(_AHEAD), Registers(_AHEAD), Registers(_AHEAD * lanes), Registers(1)
+        at_once = rows * _AHEAD
+        with T.serial(0, tirx.floordiv(chunks + (at_once - 1), at_once)) as step:
+            for n in range(_AHEAD):
+                chunk = (step * _AHEAD + n) * rows + ty
+                place = _kept(slot + tirx.min(chunk, chunks - 1))
+                m_at = partial.state(place, head)
+                tops[n] = tirx.if_then_else(chunk < chunks, memory[m_at], _number(_LEAST))
+                weights[n] = tirx.if_then_else(chunk < chunks, memory[m_at + 1], _number(0))
+                read = load_vectors(lambda at: memory[at], partial.output(place, head, tx * lanes), lanes, lanes)
+                for e, value in enumerate(read):
+                    found[n * lanes + e] = value
+            m = tops[0]
+            for n in range(1, _AHEAD):
+                m = tirx.max(m, tops[n])
+            m = _kept(tirx.max(m, state[0]), "float32")
+            factor[0] = tirx.exp2(state[0] - m)
+            state[0] = m
+            state[1] = state[1] * factor[0]
+            for e in range(lanes):
+                sums[e] = sums[e] * factor[0]
+            for n in range(_AHEAD):
+                chunk = (step * _AHEAD + n) * rows + ty
+                factor[0] = tirx.if_then_else(chunk < chunks, tirx.exp2(tops[n] - m), _number(0))
+                state[1] = state[1] + factor[0] * weights[n]
+                for e in range(lanes):
+                    sums[e] = sums[e] + factor[0] * found[n * lanes + e]
+        of_rows, states = _shared(rows * dim), _shared(2 * rows)
+        T.buffer_store(of_rows, sums.vector(0, lanes), [ramp(ty * dim + tx * lanes, lanes)])
+        with T.If(tx == 0), T.Then():
+            T.buffer_store(states, state[0], [ty])
+            T.buffer_store(states, state[1], [rows + ty])
+        barrier()
+        with T.If(ty == 0), T.Then():
+            state[0], state[1] = _number(_LEAST), _number(0)
+            for e in range(lanes):
+                sums[e] = _number(0)
+            with T.serial(0, rows) as r:
+                state[0] = tirx.max(state[0], states[r])
+            with T.serial(0, rows) as r:
+                factor[0] = tirx.exp2(states[r] - state[0])
+                state[1] = state[1] + factor[0] * states[rows + r]
+                read = load_vectors(lambda at: of_rows[at], r * dim + tx * lanes, lanes, lanes)
+                for e, value in enumerate(read):
+                    sums[e] = sums[e] + factor[0] * value
+            inverse = _kept(tirx.if_then_else(chunks > 0, 1.0 / state[1], _number(0)), "float32")
+            for e in range(lanes):
+                T.buffer_store(out, cast(shape.dtype, sums[e] * inverse, 1), [i, head, tx * lanes + e])
+            with T.If(tx == 0), T.Then():
+                full = tirx.if_then_else(chunks > 0, state[0] + tirx.log2(state[1]), _number(LOWEST))
+                T.buffer_store(lse, full, [i, head])
