@@ -13,11 +13,13 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kernels
 from tvm.target import Target
 from tvm.target.codegen import target_has_features
 
-from awq_compile.kernels import cpu_attention
+from awq_compile.kernels import cpu_attention, gpu_attention
 from awq_compile.kernels.cpu_attention import AttentionShape
 from awq_compile.kernels.merge_state import merge_state
 from awq_compile.limits import DEFAULT_PAGE, CompileOptions
 from awq_compile.models.config import ModelConfig
+from awq_compile.schedules import DecodeAttentionSchedule
+from awq_compile.targets.gpu import attention_schedule
 
 
 class KVCache(Object):  # type: ignore[misc]
@@ -69,7 +71,8 @@ def create_kv_cache(
 ) -> KVCache:
     """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window.
 
-    On the CPU the kernels are ours, except for sliding windows and token trees; elsewhere they are TVM's.
+    On the CPU the kernels are ours, except for sliding windows and token trees. On GPUs attention in decoding, without
+    a sliding window, and the merging of states are ours, and the others TVM's.
     """
     kernels = _Kernels(config, dtype, target, sizes)
     found = kernels.for_cpu() if target.kind.name == "llvm" else kernels.for_gpu()
@@ -141,17 +144,22 @@ class _Kernels:
         ]
 
     def for_gpu(self) -> list[Any]:
-        """TVM's, but for the merging of states, where TVM's races."""
+        """TVM's, but for decoding, where TVM's has a block for all positions, and merging, where TVM's races.
+
+        The runtime rotates within attention, `rotary_mode` 1, in caches with a sliding window; those take the kernels
+        of their own for all layers, so that ours never has to.
+        """
         c, t, page, dtype, target = self.config, tvm_kernels, self.sizes.page_size, self.dtype, self.target
         heads, kv_heads, dim, scaling = c.num_heads, c.num_kv_heads, c.head_dim, _rope_scaling(c)
         attend = (kv_heads, heads, dim, dtype)
         threads = int(target.attrs["max_num_threads"])
+        shape, schedule = AttentionShape(heads, kv_heads, dim, dtype, page=page), self._schedule()
         rotary = t.llama_rope_with_position_map(c.rope_theta, 1, dim, heads, kv_heads, dtype, scaling, dim)
         return [
             *self._appending(),
             self._attention(t._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, scaling, target)),
             self._attention(t._attention_prefill(*attend, False, scaling, target, page_size=page)),
-            self._attention(t._attention_decode(*attend, False, scaling, target, page_size=page)),
+            self._attention(gpu_attention.paged_decode(shape, schedule, "attention_paged_decode")),
             self._attention(t._attention_prefill(*attend, True, scaling, target, page_size=page)),
             self._attention(t._attention_decode(*attend, True, scaling, target, page_size=page)),
             self._paged_tree(t.tree_attn_with_paged_kv_cache(*attend, scaling, target)),
@@ -163,6 +171,9 @@ class _Kernels:
             self._kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype)),
             self._kernel(t._compact_kv_copy(kv_heads, dim, dtype, target, page)),
         ]
+
+    def _schedule(self) -> DecodeAttentionSchedule:
+        return attention_schedule(self.target.kind.name, dict(self.target.attrs))
 
     def _appending(self) -> list[Any]:
         t, c = tvm_kernels, self.config

@@ -23,7 +23,8 @@ TARGETS = ("opencl", "vulkan", "android:adreno")
 EXPECTED = (
     "batch_prefill_ragged_kv_kernel",
     "batch_prefill_paged_kv_kernel",
-    "batch_decode_paged_kv_kernel",
+    "attention_paged_decode_kernel",
+    "attention_paged_decode_kernel_1",
     "tir_attention_merge_state_kernel",
     "tir_kv_cache_transpose_append_kernel",
     "fused_rope_kernel",
