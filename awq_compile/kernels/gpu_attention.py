@@ -68,7 +68,7 @@ def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name:
         per_chunk = T.bind(tirx.max(tirx.min(wanted, plan.most_pages), 1))
         slots = T.bind(tirx.floordiv(used, per_chunk) + b)  # no sequence has a chunk beyond
         kept = tirx.floordiv(slots + (_SLOTS - 1), _SLOTS) * _SLOTS
-        partial = _Partial(shape, workspace("partial", (kept * (shape.heads * (shape.head_dim + 2)),), "float32"), kept)
+        partial = _Partial(shape, workspace("partial", (kept * _Partial.floats(shape),), "float32"))
         cache = _Cache(shape, pages, page_indptr, page_values, length_info)
         with (
             T.launch_thread("blockIdx.x", slots) as slot,
@@ -155,19 +155,23 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Partial:
-    """The chunks' results in one buffer: o (slots, Hq, D), behind it m and l (slots, Hq, 2)."""
+    """The chunks' results (slots, Hq, D + 4): o, m, l, and what keeps rows aligned to vectors."""
 
     shape: AttentionShape
     memory: Buffer
-    slots: Expr
+
+    @staticmethod
+    def floats(shape: AttentionShape) -> int:
+        """Of a slot."""
+        return shape.heads * (shape.head_dim + 4)
 
     def output(self, slot: Expr, head: Expr, d: Expr) -> Expr:
-        return (slot * self.shape.heads + head) * self.shape.head_dim + d
+        """Of element d of o."""
+        return (slot * self.shape.heads + head) * (self.shape.head_dim + 4) + d
 
     def state(self, slot: Expr, head: Expr) -> Expr:
         """Of m; l is next."""
-        outputs = self.slots * (self.shape.heads * self.shape.head_dim)
-        return outputs + (slot * self.shape.heads + head) * 2
+        return self.output(slot, head, self.shape.head_dim)
 
 
 @dataclass(frozen=True)
@@ -233,9 +237,9 @@ class _Chunk:
         values = _Values(plan, page_of, flat)
         keys = _Keys(plan, page_of, self.tx, self.ty)
         queries, scores, weights = _shared(group * dim), _shared(plan.scores * group), _shared(plan.scores * group)
-        values.load(0)
         with T.If(positions > 0), T.Then():
             keys.load(0)
+            values.load(0)
         scale = _kept(sm_scale * math.log2(math.e), "float32")
         for start in range(0, group * dim, threads):
             at = start + flat
@@ -262,13 +266,20 @@ class _PageOf:
     positions: Expr
     head: Expr
 
-    def load(self, part: int, position: Expr, columns: list[Expr], into: Buffer, first: int, lanes: int) -> None:
-        """`lanes` elements from each of `columns` on, of the key (part 0) or value (1) at a position."""
-        p = _kept(tirx.min(position, self.positions - 1))
-        page = _kept(self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)])
-        for n, column in enumerate(columns):
-            place = (page, part, self.head, tirx.floormod(p, self.shape.page), ramp(column, lanes))
-            T.buffer_store(into, self.cache.pages[place], [ramp(first + n * lanes, lanes)])
+    def places(self, positions: list[Expr]) -> list[tuple[Expr, Expr]]:
+        """(page, position within it) of each. All page numbers are asked for before the first load needs one."""
+        found = []
+        for position in positions:
+            p = _kept(tirx.min(position, self.positions - 1))
+            page = _kept(self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)])
+            found.append((page, tirx.floormod(p, self.shape.page)))
+        return found
+
+    def load(self, part: int, place: tuple[Expr, Expr], column: Expr, into: Buffer, first: int, lanes: int) -> None:
+        """`lanes` elements from `column` on, of the key (part 0) or value (1) at a place."""
+        page, p = place
+        loaded = self.cache.pages[page, part, self.head, p, ramp(column, lanes)]
+        T.buffer_store(into, loaded, [ramp(first, lanes)])
 
 
 class _Keys:
@@ -286,11 +297,12 @@ class _Keys:
         return (step * self.count + key) * self.plan.key_rows + self.ty
 
     def load(self, step: Expr) -> None:
+        """The keys of a step that has any; of rows behind the end the last key."""
         plan = self.plan
-        columns = [self._column(vector) for vector in range(plan.key_vectors)]
-        for key in range(self.count):
-            first = key * plan.key_vectors * plan.lanes
-            self.page_of.load(0, self._position(step, key), columns, self.loaded, first, plan.lanes)
+        for key, place in enumerate(self.page_of.places([self._position(step, key) for key in range(self.count)])):
+            for vector in range(plan.key_vectors):
+                first = (key * plan.key_vectors + vector) * plan.lanes
+                self.page_of.load(0, place, self._column(vector), self.loaded, first, plan.lanes)
 
     def scores(self, queries: Buffer, scores: Buffer, highest: Buffer, positions: Expr) -> None:
         """scores[position, head], and of each row of threads the highest[head, row]."""
@@ -416,12 +428,12 @@ class _Values:
         return (step * self.count + n) * self.plan.value_rows
 
     def load(self, step: Expr) -> None:
-        """Rows that begin behind the end are left out."""
-        lanes = self.plan.lanes
-        for n in range(self.count):
-            first = self._first(step, n)
-            with T.If(first < self.page_of.positions), T.Then():
-                self.page_of.load(1, first + self.row, [self.column], self.loaded, n * lanes, lanes)
+        """The values of a step that has any. Rows that begin behind the end are left out."""
+        lanes, positions = self.plan.lanes, self.page_of.positions
+        firsts = [self._first(step, n) for n in range(self.count)]
+        for n, place in enumerate(self.page_of.places([first + self.row for first in firsts])):
+            with branch(firsts[n] < positions, always=n == 0):
+                self.page_of.load(1, place, self.column, self.loaded, n * lanes, lanes)
 
     def add_up(self, weights: Buffer, positions: Expr) -> None:
         """Sums of weights and of weighted values."""
@@ -436,7 +448,7 @@ class _Values:
         with T.serial(0, steps) as step:
             for n in range(self.count):
                 first = self._first(step, n)
-                with T.If(first < positions), T.Then():
+                with branch(first < positions, always=n == 0):
                     start = (first + self.row) * group
                     found = load_vectors(lambda at: weights[at], start, group, math.gcd(group, 4))
                     for g, value in enumerate(found):
