@@ -403,8 +403,9 @@ class DecodeAttentionSchedule:
 
     `threads` of a block, of which `key_threads` at most share a key; a thread reads `keys` keys and `values` vectors
     of values ahead, by loads of `vector_bytes`. Chunks have at most `positions`, or a page, and are shorter where
-    there would be fewer than `blocks`. At most `group` query heads of a key/value head share a block. `subgroup`
-    threads may shuffle, 0 for none. Sums meet in shared memory, of which a block takes `shared_bytes` or what it must.
+    there would be fewer than `blocks`. At most `group` query heads of a key/value head share a block, and the sums of
+    at most `sums` of them meet in shared memory at a time; fewer where all would take more than `shared_bytes`.
+    `subgroup` threads may shuffle, 0 for none.
     """
 
     threads: int
@@ -416,10 +417,11 @@ class DecodeAttentionSchedule:
     blocks: int
     subgroup: int
     shared_bytes: int
+    sums: int = 8
     group: int = 8
 
     def __post_init__(self) -> None:
         if self.threads & (self.threads - 1) or self.key_threads & (self.key_threads - 1):
             raise CompileError(f"illegal {self}: threads are powers of two")
-        if min(self.keys, self.values, self.positions, self.blocks, self.group) < 1:
+        if min(self.keys, self.values, self.positions, self.blocks, self.sums, self.group) < 1:
             raise CompileError(f"illegal {self}: at least one key, value, position, block and head")

@@ -100,8 +100,15 @@ class _Plan:
             raise CompileError(
                 f"head_dim {shape.head_dim} has {columns} vectors, more than a block's {schedule.threads} threads"
             )
-        group = max(n for n in range(1, schedule.group + 1) if shape.group % n == 0)
-        return _Plan(shape, schedule, lanes, columns, math.gcd(columns, schedule.key_threads), group)
+        groups = [n for n in range(schedule.group, 0, -1) if shape.group % n == 0]
+        plans = [_Plan(shape, schedule, lanes, columns, math.gcd(columns, schedule.key_threads), n) for n in groups]
+        for plan in plans:
+            if plan.shared_bytes(1) <= schedule.shared_bytes:
+                return plan
+        raise CompileError(
+            f"attention with head_dim {shape.head_dim} and pages of {shape.page} takes {plans[-1].shared_bytes(1)} "
+            f"bytes of shared memory, and there are {schedule.shared_bytes}"
+        )
 
     @property
     def key_rows(self) -> int:
@@ -137,15 +144,18 @@ class _Plan:
         """Rows of scores: those of a chunk, in whole steps of `value_rows`."""
         return -(-self.most_pages * self.shape.page // self.value_rows) * self.value_rows
 
+    def shared_bytes(self, together: int) -> int:
+        """Of a block, where the sums of so many query heads meet at a time."""
+        dim, rows = self.shape.head_dim, self.value_rows
+        exchange = 0 if self.shuffles else self.schedule.threads
+        of_head = dim + 2 * self.scores + self.key_rows + rows + 1 + exchange
+        return 4 * (self.group * of_head + together * rows * dim)
+
     @property
     def together(self) -> int:
         """Query heads whose sums meet in shared memory at a time."""
-        group, dim = self.group, self.shape.head_dim
-        floats = group * (dim + 2 * self.scores + self.key_rows + self.value_rows + 1)
-        if not self.shuffles:
-            floats += group * self.schedule.threads
-        left = self.schedule.shared_bytes // 4 - floats
-        return max(1, min(group, left // (self.value_rows * dim)))
+        most = min(self.schedule.sums, self.group)
+        return next(n for n in range(most, 0, -1) if self.shared_bytes(n) <= self.schedule.shared_bytes)
 
     @property
     def shuffles(self) -> bool:

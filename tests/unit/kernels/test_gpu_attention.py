@@ -12,7 +12,7 @@ import pytest
 
 from awq_compile.errors import CompileError
 from awq_compile.kernels.cpu_attention import AttentionShape
-from awq_compile.kernels.gpu_attention import paged_decode
+from awq_compile.kernels.gpu_attention import _Plan, paged_decode
 from awq_compile.schedules import DecodeAttentionSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.gpu import attention_schedule
@@ -100,10 +100,22 @@ def test_other_schedules(change: dict[str, int]) -> None:
     check("cuda", SHAPES[3], replace(SMALL, **change))
 
 
-def test_sums_meet_a_few_heads_at_a_time() -> None:
-    """With little shared memory as with much."""
-    for shared in (1, 48 << 10):
-        check("cuda", SHAPES[0], replace(SMALL, shared_bytes=shared), [((70, 3), False, 0)])
+@pytest.mark.parametrize("change", [{"sums": 1}, {"sums": 3}, {"shared_bytes": 11 << 10}])
+def test_sums_meet_a_few_heads_at_a_time(change: dict[str, int]) -> None:
+    """Of seven; the last number has memory for four, or so."""
+    check("cuda", SHAPES[0], replace(SMALL, **change), [((70, 3), False, 0)])
+
+
+def test_shared_memory_bounds_the_heads_of_a_block() -> None:
+    """8 query heads of 256 elements are too many for 32 KB; 48 KB have room for them."""
+    shape = AttentionShape(8, 1, 256, "float16")
+    for name, group in (("opencl", 4), ("cuda:sm_90", 8)):
+        target = resolve_target(name).tvm_target
+        plan = _Plan.of(shape, attention_schedule(str(target["kind"]), target))  # type: ignore[arg-type]
+        assert plan.group == group
+        assert plan.shared_bytes(plan.together) <= int(str(target["max_shared_memory_per_block"]))
+    with pytest.raises(CompileError, match=r"takes \d+ bytes of shared memory, and there are 2048"):
+        _Plan.of(shape, replace(SMALL, shared_bytes=2048))
 
 
 def test_large_scores() -> None:
