@@ -28,6 +28,8 @@ from awq_compile.targets.vulkan.codegen import BUILD, build_shaders
 from awq_compile.targets.vulkan.spirv.assembler import to_bytes
 from awq_compile.targets.vulkan.spirv.shader import Shader
 from awq_compile.verify.executors.vulkan import VulkanExecutor
+from awq_compile.verify.launch_table import View, run_prim_func
+from awq_compile.verify.record import LaunchRecorder
 
 _SUPPORTS = ("float16", "float64", "int8", "int16", "int64", "8bit_buffer", "16bit_buffer")
 _SET_DEVICE = "__tvm_set_device"
@@ -84,9 +86,20 @@ def validate(shaders: Sequence[Shader], folder: Path) -> None:
 
 
 class Built:
-    """Functions with kernels for Vulkan and host code for this machine."""
+    """Functions with kernels for Vulkan and host code for this machine.
 
-    def __init__(self, module: Any, target: Any | None = None, instruments: Sequence[Any] = ()) -> None:
+    With a `recorder`, those that allocate memory of the device run by its launch tables: the wheel's runtime has none.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        target: Any | None = None,
+        instruments: Sequence[Any] = (),
+        recorder: LaunchRecorder | None = None,
+    ) -> None:
+        self._tables = {} if recorder is None else recorder.tables
+        instruments = [*instruments, *([] if recorder is None else [recorder.instrument()])]
         self.shaders: dict[str, Shader] = {}
         self._tags: dict[str, list[str]] = {}
         self._memory: dict[int, np.ndarray] = {}
@@ -127,6 +140,10 @@ class Built:
 
     def call(self, name: str, *args: Any) -> Any:
         """Calls a function on TVM tensors of the CPU, within `launchable`."""
+        table = self._tables.get(name, {"body": []})
+        if any(statement[0] == "alloc" for statement in table["body"]):
+            run_prim_func(table, self._device, [view_of(a) if isinstance(a, tvm.runtime.Tensor) else a for a in args])
+            return None
         self._memory = memory_of([a for a in args if isinstance(a, tvm.runtime.Tensor)])
         return self._host[name](*args)
 
@@ -134,6 +151,7 @@ class Built:
     def launchable(self, device: VulkanExecutor) -> Iterator[None]:
         """Within the block, the functions' kernels run on `device`."""
         device.load(self.shaders)
+        self._device = device
 
         def launcher(kernel: str) -> Any:
             kinds, tags = self.shaders[kernel].arguments, self._tags[kernel]
@@ -182,24 +200,36 @@ class _DLTensor(ctypes.Structure):
     )
 
 
+def _place(tensor: Any) -> tuple[int, int, int]:
+    """Start of a tensor's memory, its own offset there in bytes, and where it ends."""
+    pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_in.restype, pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    capsule = tensor.__dlpack__()  # owns what is read of it
+    view = _DLTensor.from_address(pointer_in(capsule, b"dltensor"))
+    size = int(np.prod([view.shape[i] for i in range(view.ndim)], dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+    return view.data or 0, view.byte_offset, view.byte_offset + size
+
+
+def _bytes(base: int, extent: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * extent).from_address(base), np.uint8) if extent else np.zeros(0, np.uint8)
+
+
 def memory_of(tensors: Sequence[Any]) -> dict[int, np.ndarray]:
     """Address that a kernel gets → all bytes behind it that belong to one of the tensors.
 
     A kernel gets the start of the memory, and the offset of a view as a scalar.
     """
-    pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer_in.restype, pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     extents: dict[int, int] = {0: 0}
-    for tensor in tensors:
-        capsule = tensor.__dlpack__()
-        view = _DLTensor.from_address(pointer_in(capsule, b"dltensor"))
-        size = int(np.prod([view.shape[i] for i in range(view.ndim)], dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
-        base = view.data or 0
-        extents[base] = max(extents.get(base, 0), view.byte_offset + size)
-    return {
-        base: np.frombuffer((ctypes.c_uint8 * extent).from_address(base), np.uint8) if extent else np.zeros(0, np.uint8)
-        for base, extent in extents.items()
-    }
+    for base, _, end in map(_place, tensors):
+        extents[base] = max(extents.get(base, 0), end)
+    return {base: _bytes(base, extent) for base, extent in extents.items()}
+
+
+def view_of(tensor: Any) -> View:
+    """A tensor of the CPU, in place, as a launch table takes it."""
+    base, offset, end = _place(tensor)
+    kind = np.dtype(tensor.dtype)
+    return View(_bytes(base, end).view(kind), offset // kind.itemsize, tuple(map(int, tensor.shape)))
 
 
 def run_llvm(function: Any, *args: np.ndarray | int | float) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ from awq_compile.models.config import read_config
 from awq_compile.models.decoder import export_decoder
 from awq_compile.models.parameters import model_parameters
 from awq_compile.targets.vulkan.codegen import build_shaders
+from awq_compile.verify.record import LaunchRecorder
 
 DEMO = Path(awq_compile.__file__).parent / "data/demo"
 SIZES = CompileOptions(context_window_size=128, prefill_chunk_size=32, max_batch_size=4)
@@ -55,7 +56,7 @@ class VulkanDecoder(Float):
         builder = relax.ExecBuilder()
         kernels = relax.vm_build._filter_tir(relax.vm_build._vmcodegen(builder, module, "bytecode"))
         start = time.monotonic()
-        self.built = Built(kernels, target)
+        self.built = Built(kernels, target, recorder=LaunchRecorder())
         self.build_seconds = time.monotonic() - start
         self.names = [var.name_hint for var in kernels.get_global_vars()]
         self._executable = relax.vm_build._vmlink(builder, tvm.target.Target("llvm"))
