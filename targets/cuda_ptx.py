@@ -24,14 +24,15 @@ __device__ __forceinline__ void awq_mma_m16n8k{k}_f16f32(float* c, const unsigne
 }}"""
 
 
-def _ldmatrix(count: int) -> str:
-    """`awq_ldmatrix_xN(registers, row)`: N matrices of 8 x 8 halves from shared memory."""
+def _ldmatrix(count: int, *, transposed: bool = False) -> str:
+    """`awq_ldmatrix_xN(registers, row)`: N matrices of 8 x 8 halves from shared memory; with `_trans` transposed."""
     places = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"=r"(d[{i}])' for i in range(count))
+    name, kind = ("_trans", ".trans") if transposed else ("", "")
     return f"""
-__device__ __forceinline__ void awq_ldmatrix_x{count}(unsigned* d, const void* row) {{
+__device__ __forceinline__ void awq_ldmatrix_x{count}{name}(unsigned* d, const void* row) {{
   unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x{count}.shared.b16 {{{places}}}, [%{count}];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x{count}{kind}.shared.b16 {{{places}}}, [%{count}];"
                : {outputs} : "r"(at) : "memory");
 }}"""
 
@@ -107,6 +108,13 @@ __device__ __forceinline__ void awq_grid_wait(@buffers@) {
 }""".replace("@buffers@", ", ".join(f"const void* b{i} = nullptr" for i in range(MOST_BUFFERS))).replace(
     "@operands@", ", ".join(f'"l"(b{i})' for i in range(MOST_BUFFERS))
 )
+
+_HALVES: Final = """
+__device__ __forceinline__ void awq_halves_f16(unsigned* d, const float* from) {  // eight, rounded to nearest
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d[i]) : "f"(from[i * 2 + 1]), "f"(from[i * 2]));
+}"""
 
 _ASYNC: Final = """
 __device__ __forceinline__ void awq_cp_async_16(void* to, const void* from) {
@@ -227,8 +235,9 @@ __device__ __forceinline__ void awq_add_sums(float* d, const void* from, int thr
 def device_functions(newest_k: int, *, warpgroups: bool = False) -> str:
     """All of them; `newest_k` is 16 from sm_80 on, 8 before. `warpgroups`: also those of sm_90a."""
     sizes = (8, 16) if newest_k == 16 else (8,)
-    pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4)), _DECODE, _GRID]
-    pieces += [_ASYNC] if newest_k == 16 else []
+    pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4))]
+    pieces += [_ldmatrix(4, transposed=True), _DECODE, _GRID]
+    pieces += [_HALVES, _ASYNC] if newest_k == 16 else []
     pieces += [*(_wgmma(columns) for columns in (16, 32, 64, 128, 256)), _WARPGROUP] if warpgroups else []
     return "\n".join(pieces) + "\n"
 

@@ -141,3 +141,8 @@ def attention_schedule(kind: str, limits: Mapping[str, int]) -> DecodeAttentionS
         return DecodeAttentionSchedule(256, 8, 2, 8, 16, 256, 264, subgroup, shared)
     threads, vector = min(128, int(limits["max_num_threads"])), 8 if kind == "metal" else 16
     return DecodeAttentionSchedule(threads, 8, 1, 4, vector, 256, 128, subgroup, shared, sums=1)
+
+
+def has_tensor_cores(kind: str, attributes: Mapping[str, object]) -> bool:
+    """Whether a TVM target has `mma.m16n8k16` and asynchronous copies: CUDA from sm_80 on."""
+    return kind == "cuda" and int(str(attributes["arch"]).removeprefix("sm_")) >= 80

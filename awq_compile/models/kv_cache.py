@@ -13,13 +13,13 @@ from tvm.relax.frontend.nn.llm import kv_cache as tvm_kernels
 from tvm.target import Target
 from tvm.target.codegen import target_has_features
 
-from awq_compile.kernels import cpu_attention, gpu_attention
+from awq_compile.kernels import cpu_attention, gpu_attention, mma_attention
 from awq_compile.kernels.cpu_attention import AttentionShape
 from awq_compile.kernels.merge_state import merge_state
 from awq_compile.limits import DEFAULT_PAGE, CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.schedules import DecodeAttentionSchedule
-from awq_compile.targets.gpu import attention_schedule
+from awq_compile.targets.gpu import attention_schedule, has_tensor_cores
 
 
 class KVCache(Object):  # type: ignore[misc]
@@ -71,8 +71,9 @@ def create_kv_cache(
 ) -> KVCache:
     """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window.
 
-    On the CPU the kernels are ours, except for sliding windows and token trees. On GPUs attention in decoding, without
-    a sliding window, and the merging of states are ours, and the others TVM's.
+    On the CPU the kernels are ours, except for sliding windows and token trees. On GPUs attention in decoding, on
+    tensor cores also that of new tokens, both without a sliding window, and the merging of states are ours, and the
+    others TVM's.
     """
     kernels = _Kernels(config, dtype, target, sizes)
     found = kernels.for_cpu() if target.kind.name == "llvm" else kernels.for_gpu()
@@ -144,7 +145,8 @@ class _Kernels:
         ]
 
     def for_gpu(self) -> list[Any]:
-        """TVM's, but for decoding, where TVM's has a block for all positions, and merging, where TVM's races.
+        """TVM's, but for three: decoding, where TVM's has a block for all positions; new tokens where there are tensor
+        cores, which TVM's does without; merging, where TVM's races.
 
         The runtime rotates within attention, `rotary_mode` 1, in caches with a sliding window; those take the kernels
         of their own for all layers, so that ours never has to.
@@ -157,8 +159,7 @@ class _Kernels:
         rotary = t.llama_rope_with_position_map(c.rope_theta, 1, dim, heads, kv_heads, dtype, scaling, dim)
         return [
             *self._appending(),
-            self._attention(t._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, scaling, target)),
-            self._attention(t._attention_prefill(*attend, False, scaling, target, page_size=page)),
+            *self._prefill(shape),
             self._attention(gpu_attention.paged_decode(shape, schedule, "attention_paged_decode")),
             self._attention(t._attention_prefill(*attend, True, scaling, target, page_size=page)),
             self._attention(t._attention_decode(*attend, True, scaling, target, page_size=page)),
@@ -171,6 +172,19 @@ class _Kernels:
             self._kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype)),
             self._kernel(t._compact_kv_copy(kv_heads, dim, dtype, target, page)),
         ]
+
+    def _prefill(self, shape: AttentionShape) -> list[Any]:
+        """Of new tokens among themselves, and against pages."""
+        t, target, scaling = tvm_kernels, self.target, _rope_scaling(self.config)
+        whole = self.sizes.sliding_window_size is None
+        if whole and has_tensor_cores(target.kind.name, dict(target.attrs)) and mma_attention.supports(shape):
+            ragged = mma_attention.ragged_prefill(shape, "attention_ragged_prefill")
+            paged = mma_attention.paged_prefill(shape, "attention_paged_prefill")
+        else:
+            heads, kv_heads, dim, dtype = shape.heads, shape.kv_heads, shape.head_dim, shape.dtype
+            ragged = t._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, scaling, target)
+            paged = t._attention_prefill(kv_heads, heads, dim, dtype, False, scaling, target, page_size=shape.page)
+        return [self._attention(ragged), self._attention(paged)]
 
     def _schedule(self) -> DecodeAttentionSchedule:
         return attention_schedule(self.target.kind.name, dict(self.target.attrs))

@@ -48,6 +48,8 @@ _ATTENTION: Final = {
     "batch_prefill_ragged_kv": attention.ragged_prefill,
     "batch_prefill_paged_kv": attention.paged_prefill,
     "batch_prefill_paged_kv_sliding_window": attention.paged_prefill,
+    "attention_ragged_prefill": attention.tiled_ragged_prefill,
+    "attention_paged_prefill": attention.tiled_paged_prefill,
     "attention_paged_decode": attention.paged_decode,
     "batch_decode_paged_kv_sliding_window": attention.sliding_decode,
     "batch_tree_attn": attention.ragged_tree,

@@ -6,7 +6,7 @@ Pages are (num_pages, 2, Hkv, page, D): keys in [:, 0], values in [:, 1]. Memory
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ class _Kernel:
     kv_heads: int
     dim: int
     dtype: str
+    weights_dtype: str = "float32"  # of the softmax, where they meet the values
 
     @staticmethod
     def of(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> _Kernel:
@@ -50,6 +51,9 @@ class _Kernel:
     @property
     def softmax_scale(self) -> float:
         return float(np.float32(self.dim**-0.5))
+
+    def attend(self, query: Values, key: Values, value: Array, visible: Mask) -> tuple[Values, Values]:
+        return attend(query, key, value, visible, self.softmax_scale, self.dtype, self.weights_dtype)
 
     def rope(self) -> Rope:
         return Rope(float(np.float32(_THETA)), _SCALE, self.scaling)
@@ -120,57 +124,84 @@ class _Pages:
 def ragged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
     """Prompts in one call; keys and values lie beside the queries."""
     kernel = _Kernel.of(table, rng, scaling)
-    for q_lengths, kv_lengths, causal, rotary in (
-        ((1,), (1,), True, False),
-        ((3, 17, 1, 40), (3, 17, 1, 40), True, False),
-        ((5, 33, 2), (9, 70, 2), True, True),
-        ((18, 2), (1, 35), False, True),
-    ):
-        q_indptr, kv_indptr = np.cumsum([0, *q_lengths]), np.cumsum([0, *kv_lengths])
-        q = kernel.random(q_indptr[-1], kernel.heads, kernel.dim)
-        k, v = kernel.random(2, kv_indptr[-1], kernel.kv_heads, kernel.dim)
-        positions, starts = ints(rng.integers(0, 90, len(q))), ints(rng.integers(0, 50, len(q_lengths)))
-        parts = []
-        for i, ((a, b), (c, d)) in enumerate(zip(pairwise(q_indptr), pairwise(kv_indptr), strict=True)):
-            visible = causal_mask(b - a, d - c) if causal else np.ones((b - a, d - c), bool)
-            query = kernel.rotated(q[a:b], positions[a:b], rotary)
-            key = kernel.rotated(k[c:d], starts[i] + np.arange(d - c), rotary)
-            parts.append(attend(query, key, v[c:d], visible, kernel.softmax_scale, kernel.dtype))
-        arguments = [q, ints(q_indptr), np.ascontiguousarray(k), np.ascontiguousarray(v), ints(kv_indptr), positions]
-        label = f"q={q_lengths} kv={kv_lengths}" + " causal" * causal + " rotary" * rotary
-        yield kernel.case(label, [*arguments, starts], 7, parts, kernel.scalars(rotary, causal))
+    yield _ragged(kernel, (1,), (1,), causal=True)
+    yield _ragged(kernel, (3, 17, 1, 40), (3, 17, 1, 40), causal=True)
+    yield _ragged(kernel, (5, 33, 2), (9, 70, 2), causal=True, rotary=True)
+    yield _ragged(kernel, (18, 2), (1, 35), causal=False, rotary=True)
+
+
+def tiled_ragged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
+    """The same for our kernel, with more than a tile of queries and of keys. Keys are rotated before it gets them."""
+    kernel = replace(_Kernel.of(table, rng, scaling), weights_dtype="float16")
+    yield _ragged(kernel, (1,), (1,), causal=True)
+    yield _ragged(kernel, (3, 17, 0, 1, 40), (3, 17, 5, 1, 40), causal=True)
+    yield _ragged(kernel, (18, 2), (1, 35), causal=False)
+    yield _ragged(kernel, (0, 131, 2), (0, 200, 2), causal=True)
+
+
+def _ragged(
+    kernel: _Kernel, q_lengths: Sequence[int], kv_lengths: Sequence[int], *, causal: bool, rotary: bool = False
+) -> Case:
+    rng, q_indptr, kv_indptr = kernel.rng, np.cumsum([0, *q_lengths]), np.cumsum([0, *kv_lengths])
+    q = kernel.random(q_indptr[-1], kernel.heads, kernel.dim)
+    k, v = kernel.random(2, kv_indptr[-1], kernel.kv_heads, kernel.dim)
+    positions, starts = ints(rng.integers(0, 90, len(q))), ints(rng.integers(0, 50, len(q_lengths)))
+    parts = []
+    for i, ((a, b), (c, d)) in enumerate(zip(pairwise(q_indptr), pairwise(kv_indptr), strict=True)):
+        visible = causal_mask(b - a, d - c) if causal else np.ones((b - a, d - c), bool)
+        query = kernel.rotated(q[a:b], positions[a:b], rotary)
+        key = kernel.rotated(k[c:d], starts[i] + np.arange(d - c), rotary)
+        parts.append(kernel.attend(query, key, v[c:d], visible))
+    arguments = [q, ints(q_indptr), np.ascontiguousarray(k), np.ascontiguousarray(v), ints(kv_indptr), positions]
+    label = f"q={tuple(q_lengths)} kv={tuple(kv_lengths)}" + " causal" * causal + " rotary" * rotary
+    return kernel.case(label, [*arguments, starts], 7, parts, kernel.scalars(rotary, causal))
 
 
 def paged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
     """New tokens against pages; with a sliding window, cached positions come before the queries."""
     kernel = _Kernel.of(table, rng, scaling)
-    sliding = len(shape_of(table, "length_info")) == 2
-    plain: Any = (
-        ((1,), (1,), None, True, False),
-        ((5, 18, 3), (37, 0, 16), None, False, False),
-        ((33, 2, 1), (64, 17, 100), None, True, True),
-    )
-    windowed: Any = (
-        ((5, 2), (37, 16), ((0, 0), (4, 9)), False, False),
-        ((18, 3), (70, 33), ((2, 20), (0, 17)), False, True),
-        ((3,), (1030,), ((0, 0),), True, False),
-    )
-    for q_lengths, lengths, windows, causal, rotary in windowed if sliding else plain:
-        q_indptr = np.cumsum([0, *q_lengths])
-        q = kernel.random(q_indptr[-1], kernel.heads, kernel.dim)
-        pages = _Pages(kernel, lengths, windows)
-        memory = pages.arguments()
-        positions, starts = ints(rng.integers(0, 90, len(q))), ints(rng.integers(0, 50, len(lengths)))
+    if len(shape_of(table, "length_info")) == 1:
+        yield _prefill(kernel, (1,), (1,), causal=True)
+        yield _prefill(kernel, (5, 18, 3), (37, 0, 16), causal=False)
+        yield _prefill(kernel, (33, 2, 1), (64, 17, 100), causal=True, rotary=True)
+        return
+    yield _prefill(kernel, (5, 2), (37, 16), ((0, 0), (4, 9)), causal=False)
+    yield _prefill(kernel, (18, 3), (70, 33), ((2, 20), (0, 17)), causal=False, rotary=True)
+    yield _prefill(kernel, (3,), (1030,), ((0, 0),), causal=True)
 
-        def visible(i: int, n: int, m: int, causal: bool = causal) -> Mask:
-            if not causal:
-                return np.ones((n, m), bool)
-            return window_mask(n, m, _WINDOW) if sliding else causal_mask(n, m)
 
-        parts = _paged(kernel, q, q_indptr, pages, positions, starts, rotary, visible)
-        arguments = [q, ints(q_indptr), *memory, starts, positions]
-        label = f"q={q_lengths} kv={lengths}" + " causal" * causal + " rotary" * rotary
-        yield kernel.case(label, arguments, 8, parts, kernel.scalars(rotary, causal))
+def tiled_paged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
+    """The same for our kernel, with more than a tile of queries and of keys. Keys are rotated in the cache."""
+    kernel = replace(_Kernel.of(table, rng, scaling), weights_dtype="float16")
+    yield _prefill(kernel, (1,), (1,), causal=True)
+    yield _prefill(kernel, (5, 18, 3), (37, 0, 16), causal=False)
+    yield _prefill(kernel, (33, 2, 1), (64, 17, 100), causal=True)
+    yield _prefill(kernel, (131, 0, 3), (190, 20, 0), causal=False)
+
+
+def _prefill(
+    kernel: _Kernel,
+    q_lengths: Sequence[int],
+    lengths: Sequence[int],
+    windows: Sequence[tuple[int, int]] | None = None,
+    *,
+    causal: bool,
+    rotary: bool = False,
+) -> Case:
+    rng, q_indptr = kernel.rng, np.cumsum([0, *q_lengths])
+    q = kernel.random(q_indptr[-1], kernel.heads, kernel.dim)
+    pages = _Pages(kernel, lengths, windows)
+    memory = pages.arguments()
+    positions, starts = ints(rng.integers(0, 90, len(q))), ints(rng.integers(0, 50, len(lengths)))
+
+    def visible(_: int, n: int, m: int) -> Mask:
+        if not causal:
+            return np.ones((n, m), bool)
+        return causal_mask(n, m) if windows is None else window_mask(n, m, _WINDOW)
+
+    parts = _paged(kernel, q, q_indptr, pages, positions, starts, rotary, visible)
+    label = f"q={tuple(q_lengths)} kv={tuple(lengths)}" + " causal" * causal + " rotary" * rotary
+    return kernel.case(label, [q, ints(q_indptr), *memory, starts, positions], 8, parts, kernel.scalars(rotary, causal))
 
 
 def sliding_decode(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
@@ -235,7 +266,7 @@ def _paged(
         query = kernel.rotated(q[a:b], positions[a:b], rotary)
         key = kernel.rotated(pages.k[i], starts[i] + np.arange(len(pages.k[i])), rotary)
         mask = visible(i, b - a, len(pages.k[i]))
-        parts.append(attend(query, key, pages.v[i], mask, kernel.softmax_scale, kernel.dtype))
+        parts.append(kernel.attend(query, key, pages.v[i], mask))
     return parts
 
 

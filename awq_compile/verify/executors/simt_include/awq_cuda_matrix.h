@@ -52,6 +52,12 @@ static inline void awq_pairs_f16(uint32_t* d, const void* x) {
     memcpy(d + i, pair, 4);
   }
 }
+static inline void awq_halves_f16(uint32_t* d, const float* from) {
+  for (unsigned i = 0; i < 4; ++i) {
+    half pair[2] = {(half)from[i * 2], (half)from[i * 2 + 1]};
+    memcpy(d + i, pair, 4);
+  }
+}
 static inline void awq_load_16(uint32_t* d, const void* from) {
   if ((uintptr_t)from % 16) __builtin_trap();
   memcpy(d, from, 16);
