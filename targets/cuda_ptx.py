@@ -109,7 +109,12 @@ __device__ __forceinline__ void awq_grid_wait(@buffers@) {
     "@operands@", ", ".join(f'"l"(b{i})' for i in range(MOST_BUFFERS))
 )
 
-_HALVES: Final = """
+_SOFTMAX: Final = """
+__device__ __forceinline__ float awq_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ void awq_halves_f16(unsigned* d, const float* from) {  // eight, rounded to nearest
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -237,7 +242,7 @@ def device_functions(newest_k: int, *, warpgroups: bool = False) -> str:
     sizes = (8, 16) if newest_k == 16 else (8,)
     pieces = [*(_mma(k) for k in sizes), *(_ldmatrix(count) for count in (1, 2, 4))]
     pieces += [_ldmatrix(4, transposed=True), _DECODE, _GRID]
-    pieces += [_HALVES, _ASYNC] if newest_k == 16 else []
+    pieces += [_SOFTMAX, _ASYNC] if newest_k == 16 else []
     pieces += [*(_wgmma(columns) for columns in (16, 32, 64, 128, 256)), _WARPGROUP] if warpgroups else []
     return "\n".join(pieces) + "\n"
 

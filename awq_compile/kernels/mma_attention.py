@@ -335,12 +335,12 @@ class _State:
             for half in range(2):
                 self._next[half] = tirx.max(self._next[half], _of_neighbour(self._next[half], distance))
         for half in range(2):
-            self._factor[half] = tirx.exp2((self._top[half] - self._next[half]) * scale)
+            self._factor[half] = _exp2((self._top[half] - self._next[half]) * scale)
             self._top[half] = self._next[half]
             self._next[half] = self._next[half] * scale
             self._total[half] = self._total[half] * self._factor[half]
             for at in self._columns(half):
-                T.buffer_store(self._scores, tirx.exp2(self._scores[at] * scale - self._next[half]), [at])
+                T.buffer_store(self._scores, _exp2(self._scores[at] * scale - self._next[half]), [at])
                 self._total[half] = self._total[half] + self._scores[at]
         for at in range(self._dim // 8 * 4):
             T.buffer_store(self._sums, self._sums[at] * self._factor[at % 4 // 2], [at])
@@ -383,6 +383,11 @@ def _kept(value: Expr, dtype: str = "int32") -> Expr:
 
 def _number(value: float) -> Expr:
     return tirx.const(value, "float32")
+
+
+def _exp2(value: Expr) -> Expr:
+    """2^value in one instruction, 0 below 2^-126."""
+    return tirx.call_extern("float32", "awq_exp2", value)
 
 
 def _of_neighbour(value: Expr, distance: int) -> Expr:

@@ -52,6 +52,7 @@ static inline void awq_pairs_f16(uint32_t* d, const void* x) {
     memcpy(d + i, pair, 4);
   }
 }
+static inline float awq_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
 static inline void awq_halves_f16(uint32_t* d, const float* from) {
   for (unsigned i = 0; i < 4; ++i) {
     half pair[2] = {(half)from[i * 2], (half)from[i * 2 + 1]};
