@@ -131,14 +131,14 @@ def tvm_limits(limits: HardwareLimits) -> dict[str, object]:
 def attention_schedule(kind: str, limits: Mapping[str, int]) -> DecodeAttentionSchedule:
     """Of attention in a step of decoding, by the kind of a TVM target and its `tvm_limits`.
 
-    CUDA: two blocks for each of an H200's 132 multiprocessors. Elsewhere blocks that a phone's GPU takes, and as many
-    as keep a desktop's busy; 16 bytes are the widest load, but in Metal, whose vectors have four elements. Two blocks
-    share a core's memory where heads are of the common sizes.
+    CUDA: two blocks for each of an H200's 132 multiprocessors; the rest is by a sweep there, `docs/performance.md`.
+    Elsewhere blocks that a phone's GPU takes, and as many as keep a desktop's busy; 16 bytes are the widest load, but in
+    Metal, whose vectors have four elements. Two blocks share a core's memory where heads are of the common sizes.
     """
     subgroup, shared = int(limits.get("thread_warp_size", 1)), int(limits.get("max_shared_memory_per_block", 16 << 10))
     subgroup = subgroup if subgroup > 1 else 0
     if kind == "cuda":
-        return DecodeAttentionSchedule(256, 8, 2, 8, 16, 256, 264, subgroup, shared)
+        return DecodeAttentionSchedule(256, 4, 2, 4, 16, 512, 264, subgroup, shared)
     threads, vector = min(128, int(limits["max_num_threads"])), 8 if kind == "metal" else 16
     return DecodeAttentionSchedule(threads, 8, 1, 4, vector, 256, 128, subgroup, shared, sums=1)
 
