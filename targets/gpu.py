@@ -132,8 +132,8 @@ def attention_schedule(kind: str, limits: Mapping[str, int]) -> DecodeAttentionS
     """Of attention in a step of decoding, by the kind of a TVM target and its `tvm_limits`.
 
     CUDA: two blocks for each of an H200's 132 multiprocessors; the rest is by a sweep there, `docs/performance.md`.
-    Elsewhere blocks that a phone's GPU takes, and as many as keep a desktop's busy; 16 bytes are the widest load, but in
-    Metal, whose vectors have four elements. Two blocks share a core's memory where heads are of the common sizes.
+    Elsewhere blocks that a phone's GPU takes, and as many as keep a desktop's busy; 16 bytes are the widest load, but
+    in Metal, whose vectors have four elements. Two blocks share a core's memory where heads are of the common sizes.
     """
     subgroup, shared = int(limits.get("thread_warp_size", 1)), int(limits.get("max_shared_memory_per_block", 16 << 10))
     subgroup = subgroup if subgroup > 1 else 0
