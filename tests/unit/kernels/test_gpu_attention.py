@@ -107,9 +107,9 @@ def test_sums_meet_a_few_heads_at_a_time(change: dict[str, int]) -> None:
 
 
 def test_shared_memory_bounds_the_heads_of_a_block() -> None:
-    """8 query heads of 256 elements are too many for a block."""
+    """8 query heads of 256 elements are too many for 32 KB, and on CUDA, with longer chunks, for 48 KB."""
     shape = AttentionShape(8, 1, 256, "float16")
-    for name, group in (("opencl", 4), ("cuda:sm_90", 4), ("metal", 4)):
+    for name, group in (("opencl", 4), ("cuda:sm_90", 4)):
         target = resolve_target(name).tvm_target
         plan = _Plan.of(shape, attention_schedule(str(target["kind"]), target))  # type: ignore[arg-type]
         assert plan.group == group
