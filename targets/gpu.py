@@ -143,6 +143,6 @@ def attention_schedule(kind: str, limits: Mapping[str, int]) -> DecodeAttentionS
     return DecodeAttentionSchedule(threads, 8, 1, 4, vector, 256, 128, subgroup, shared, sums=1)
 
 
-def has_tensor_cores(kind: str, attributes: Mapping[str, object]) -> bool:
-    """Whether a TVM target has `mma.m16n8k16` and asynchronous copies: CUDA from sm_80 on."""
-    return kind == "cuda" and int(str(attributes["arch"]).removeprefix("sm_")) >= 80
+def has_tensor_cores(tvm_target: Mapping[str, object]) -> bool:
+    """Whether a TVM target's attributes promise `mma.m16n8k16` and asynchronous copies: CUDA from sm_80 on."""
+    return tvm_target["kind"] == "cuda" and int(str(tvm_target["arch"]).removeprefix("sm_")) >= 80

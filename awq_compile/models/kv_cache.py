@@ -177,7 +177,7 @@ class _Kernels:
         """Of new tokens among themselves, and against pages."""
         t, target, scaling = tvm_kernels, self.target, _rope_scaling(self.config)
         whole = self.sizes.sliding_window_size is None
-        if whole and has_tensor_cores(target.kind.name, dict(target.attrs)) and mma_attention.supports(shape):
+        if whole and has_tensor_cores({**target.attrs, "kind": target.kind.name}) and mma_attention.supports(shape):
             ragged = mma_attention.ragged_prefill(shape, "attention_ragged_prefill")
             paged = mma_attention.paged_prefill(shape, "attention_paged_prefill")
         else:

@@ -88,5 +88,6 @@ def test_where_it_serves() -> None:
     assert not supports(AttentionShape(2, 1, 64, "float32"))
     assert not supports(AttentionShape(2, 1, 72, "float16"))
     assert not supports(AttentionShape(2, 1, 512, "float16"))
-    assert [has_tensor_cores("cuda", {"arch": arch}) for arch in ("sm_75", "sm_80", "sm_100")] == [False, True, True]
-    assert not has_tensor_cores("vulkan", {})
+    found = [has_tensor_cores({"kind": "cuda", "arch": arch}) for arch in ("sm_75", "sm_80", "sm_100")]
+    assert found == [False, True, True]
+    assert not has_tensor_cores({"kind": "vulkan"})
