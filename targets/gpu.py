@@ -138,9 +138,29 @@ def attention_schedule(kind: str, limits: Mapping[str, int]) -> DecodeAttentionS
     subgroup, shared = int(limits.get("thread_warp_size", 1)), int(limits.get("max_shared_memory_per_block", 16 << 10))
     subgroup = subgroup if subgroup > 1 else 0
     if kind == "cuda":
-        return DecodeAttentionSchedule(256, 4, 2, 4, 16, 512, 264, subgroup, shared)
-    threads, vector = min(128, int(limits["max_num_threads"])), 8 if kind == "metal" else 16
-    return DecodeAttentionSchedule(threads, 8, 1, 4, vector, 256, 128, subgroup, shared, sums=1)
+        return DecodeAttentionSchedule(
+            threads=256,
+            key_threads=4,
+            keys=2,
+            values=4,
+            vector_bytes=16,
+            positions=512,
+            blocks=264,
+            subgroup=subgroup,
+            shared_bytes=shared,
+        )
+    return DecodeAttentionSchedule(
+        threads=min(128, int(limits["max_num_threads"])),
+        key_threads=8,
+        keys=1,
+        values=4,
+        vector_bytes=8 if kind == "metal" else 16,
+        positions=256,
+        blocks=128,
+        subgroup=subgroup,
+        shared_bytes=shared,
+        sums=1,
+    )
 
 
 def has_tensor_cores(tvm_target: Mapping[str, object]) -> bool:

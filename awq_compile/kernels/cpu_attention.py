@@ -31,6 +31,7 @@ Buffer = Any
 
 _VECTORS: Final = 2  # vectors of rows per tile
 LOWEST: Final = -5e4  # a score that counts for nothing, TVM's choice
+LEAST: Final = -3e38  # below every score
 # 2^f on [-1/2, 1/2], relative error below 1e-8.
 _EXP2: Final = (
     np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
@@ -160,6 +161,11 @@ def paged_prefill(shape: AttentionShape) -> Any:
     return builder.get()
 
 
+def float32(value: float) -> Expr:
+    """A constant."""
+    return tirx.const(value, "float32")
+
+
 def page_arguments(s: AttentionShape, b: Expr) -> tuple[Buffer, Buffer, Buffer, Buffer]:
     """pages, page_indptr, page_values, length_info (tokens in each sequence's last page)."""
     count, used = tirx.Var("num_pages", "int32"), tirx.Var("nnz_pages", "int32")
@@ -168,7 +174,7 @@ def page_arguments(s: AttentionShape, b: Expr) -> tuple[Buffer, Buffer, Buffer, 
 
 
 def length_of(s: AttentionShape, page_indptr: Buffer, length_info: Buffer, i: Expr) -> Expr:
-    """Positions of sequence i: whole pages, and what the last one holds."""
+    """Positions of sequence i: whole pages, and what the last one holds, which is a position at least."""
     pages = page_indptr[i + 1] - page_indptr[i]
     return tirx.Select(pages > 0, (pages - 1) * s.page + length_info[i], tirx.const(0, "int32"))
 

@@ -26,22 +26,23 @@ from tvm.script.ir_builder import tirx as T
 
 from awq_compile.errors import CompileError
 from awq_compile.kernels.cpu_attention import (
+    LEAST,
     LOWEST,
     AttentionShape,
     attention_function,
+    float32,
     int32_view,
     length_of,
     page_arguments,
     rope_arguments,
 )
 from awq_compile.kernels.simd import cast, ramp
-from awq_compile.kernels.simt import Registers, barrier, branch, load_vectors, sum_over_threads, workspace
+from awq_compile.kernels.simt import Registers, barrier, branch, kept, load_vectors, sum_over_threads, workspace
 from awq_compile.schedules import DecodeAttentionSchedule
 
 Expr = Any
 Buffer = Any
 
-_LEAST: Final = -3e38  # below every score
 _SLOTS: Final = 64  # the workspace grows by so many chunks, for TVM's runtime waits for the device when it does
 _AHEAD: Final = 4  # partial results that a thread of the second kernel reads at once
 
@@ -193,19 +194,8 @@ class _Cache:
     length_info: Buffer
 
 
-def _kept(value: Expr, dtype: str = "int32") -> Expr:
-    """In a register: what is bound would be computed wherever it is read."""
-    register = Registers(1, dtype)
-    register[0] = value
-    return register[0]
-
-
 def _shared(count: int) -> Buffer:
     return T.alloc_buffer((count,), "float32", scope="shared")
-
-
-def _number(value: float) -> Expr:
-    return tirx.const(value, "float32")
 
 
 @dataclass(frozen=True)
@@ -230,19 +220,19 @@ class _Chunk:
             begins = cache.page_indptr[i] < (slot - i + 1) * per_chunk
             sequence[0] = sequence[0] + tirx.Cast("int32", begins)
         i = sequence[0]
-        begin = _kept(cache.page_indptr[i])
-        chunk = _kept(slot - i - tirx.truncdiv(begin, per_chunk))
-        length = _kept(length_of(shape, cache.page_indptr, cache.length_info, i) - chunk * per_chunk * shape.page)
-        positions = _kept(tirx.min(length, per_chunk * shape.page))
-        first_page = _kept(begin + chunk * per_chunk)
+        begin = kept(cache.page_indptr[i])
+        chunk = kept(slot - i - tirx.truncdiv(begin, per_chunk))
+        length = kept(length_of(shape, cache.page_indptr, cache.length_info, i) - chunk * per_chunk * shape.page)
+        positions = kept(tirx.min(length, per_chunk * shape.page))
+        first_page = kept(begin + chunk * per_chunk)
         self._attend(i, first_page, positions, sm_scale)
 
     def _attend(self, i: Expr, first_page: Expr, positions: Expr, sm_scale: Expr) -> None:
         plan, shape = self.plan, self.plan.shape
         group, dim, threads = plan.group, shape.head_dim, plan.schedule.threads
-        flat = _kept(self.ty * plan.key_threads + self.tx)
-        head = _kept(tirx.floordiv(self.by, plan.parts))
-        first_head = _kept(head * shape.group + tirx.floormod(self.by, plan.parts) * group)
+        flat = kept(self.ty * plan.key_threads + self.tx)
+        head = kept(tirx.floordiv(self.by, plan.parts))
+        first_head = kept(head * shape.group + tirx.floormod(self.by, plan.parts) * group)
         page_of = _PageOf(shape, self.cache, first_page, positions, head)
         values = _Values(plan, page_of, flat)
         keys = _Keys(plan, page_of, self.tx, self.ty)
@@ -250,7 +240,7 @@ class _Chunk:
         with T.If(positions > 0), T.Then():
             keys.load(0)
             values.load(0)
-        scale = _kept(sm_scale * math.log2(math.e), "float32")
+        scale = kept(sm_scale * math.log2(math.e), "float32")
         for start in range(0, group * dim, threads):
             at = start + flat
             with branch(at < group * dim, always=start + threads <= group * dim):
@@ -280,8 +270,8 @@ class _PageOf:
         """(page, position within it) of each. All page numbers are asked for before the first load needs one."""
         found = []
         for position in positions:
-            p = _kept(tirx.min(position, self.positions - 1))
-            page = _kept(self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)])
+            p = kept(tirx.min(position, self.positions - 1))
+            page = kept(self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)])
             found.append((page, tirx.floormod(p, self.shape.page)))
         return found
 
@@ -322,7 +312,7 @@ class _Keys:
         mine = group if plan.shuffles else -(-group // plan.key_threads)  # heads whose scores the thread writes
         tops = Registers(mine)
         for n in range(mine):
-            tops[n] = _number(_LEAST)
+            tops[n] = float32(LEAST)
         exchange = None if plan.shuffles else _shared(group * plan.schedule.threads)
         sums = Registers(self.count * group)
         with T.serial(0, steps) as step:
@@ -342,7 +332,7 @@ class _Keys:
         plan = self.plan
         query = Registers(plan.lanes)
         for n in range(self.count * plan.group):
-            sums[n] = _number(0)
+            sums[n] = float32(0)
         for vector in range(plan.key_vectors):
             for g in range(plan.group):
                 start = g * plan.shape.head_dim + self._column(vector)
@@ -401,11 +391,11 @@ def _weigh(
     """
     group, rows = plan.group, plan.key_rows
     each = plan.schedule.threads // group  # threads of a head
-    head, first = _kept(tirx.floordiv(flat, each)), _kept(tirx.floormod(flat, each))
+    head, first = kept(tirx.floordiv(flat, each)), kept(tirx.floormod(flat, each))
     whole = T.bind(tirx.floordiv(positions + (plan.value_rows - 1), plan.value_rows) * plan.value_rows)
     with branch(head < group, always=each * group == plan.schedule.threads):
         m = Registers(1)
-        m[0] = _number(_LEAST)
+        m[0] = float32(LEAST)
         lanes = math.gcd(rows, 4)
         with T.serial(0, rows // lanes) as r:
             for value in load_vectors(lambda at: highest[at], head * rows + r * lanes, lanes, lanes):
@@ -415,7 +405,7 @@ def _weigh(
         with T.serial(0, tirx.floordiv(whole - first + (each - 1), each)) as step:
             position = T.bind(first + step * each)
             at = position * group + head
-            weight = tirx.if_then_else(position < positions, tirx.exp2(scores[at] - m[0]), _number(0))
+            weight = tirx.if_then_else(position < positions, tirx.exp2(scores[at] - m[0]), float32(0))
             T.buffer_store(weights, weight, [at])
 
 
@@ -426,10 +416,10 @@ class _Values:
         self.plan, self.page_of, self.flat = plan, page_of, flat
         self.count = plan.schedule.values
         # A register and its multiple: TVM reads a vector at once where it sees that the place is aligned.
-        self.column = _kept(tirx.floormod(flat, plan.columns)) * plan.lanes
+        self.column = kept(tirx.floormod(flat, plan.columns)) * plan.lanes
         spare = plan.schedule.threads % plan.columns
         row = tirx.floordiv(flat, plan.columns)
-        self.row = _kept(tirx.min(row, plan.value_rows - 1) if spare else row)
+        self.row = kept(tirx.min(row, plan.value_rows - 1) if spare else row)
         self.loaded = T.alloc_buffer((self.count * plan.lanes,), plan.shape.dtype, scope="local")
         self.sums, self.weights = Registers(plan.group * plan.lanes), Registers(plan.group)
 
@@ -449,9 +439,9 @@ class _Values:
         """Sums of weights and of weighted values."""
         plan, group, lanes = self.plan, self.plan.group, self.plan.lanes
         for n in range(group * lanes):
-            self.sums[n] = _number(0)
+            self.sums[n] = float32(0)
         for n in range(group):
-            self.weights[n] = _number(0)
+            self.weights[n] = float32(0)
         weight = Registers(group)
         at_once = self.count * plan.value_rows
         steps = T.bind(tirx.floordiv(positions + (at_once - 1), at_once))
@@ -533,29 +523,29 @@ def _merge(
         T.launch_thread("threadIdx.x", columns) as tx,
         T.launch_thread("threadIdx.y", rows) as ty,
     ):
-        begin = _kept(page_indptr[i])
-        chunks = _kept(tirx.truncdiv(page_indptr[i + 1] - begin + per_chunk - 1, per_chunk))
-        slot = _kept(tirx.truncdiv(begin, per_chunk) + i)
+        begin = kept(page_indptr[i])
+        chunks = kept(tirx.truncdiv(page_indptr[i + 1] - begin + per_chunk - 1, per_chunk))
+        slot = kept(tirx.truncdiv(begin, per_chunk) + i)
         state, sums = Registers(2), Registers(lanes)  # m and l; o
-        state[0], state[1] = _number(_LEAST), _number(0)
+        state[0], state[1] = float32(LEAST), float32(0)
         for e in range(lanes):
-            sums[e] = _number(0)
+            sums[e] = float32(0)
         tops, weights, found, factor = Registers(_AHEAD), Registers(_AHEAD), Registers(_AHEAD * lanes), Registers(1)
         at_once = rows * _AHEAD
         with T.serial(0, tirx.floordiv(chunks + (at_once - 1), at_once)) as step:
             for n in range(_AHEAD):
                 chunk = (step * _AHEAD + n) * rows + ty
-                place = _kept(slot + tirx.min(chunk, chunks - 1))
+                place = kept(slot + tirx.min(chunk, chunks - 1))
                 m_at = partial.state(place, head)
-                tops[n] = tirx.if_then_else(chunk < chunks, memory[m_at], _number(_LEAST))
-                weights[n] = tirx.if_then_else(chunk < chunks, memory[m_at + 1], _number(0))
+                tops[n] = tirx.if_then_else(chunk < chunks, memory[m_at], float32(LEAST))
+                weights[n] = tirx.if_then_else(chunk < chunks, memory[m_at + 1], float32(0))
                 read = load_vectors(lambda at: memory[at], partial.output(place, head, tx * lanes), lanes, lanes)
                 for e, value in enumerate(read):
                     found[n * lanes + e] = value
             m = tops[0]
             for n in range(1, _AHEAD):
                 m = tirx.max(m, tops[n])
-            m = _kept(tirx.max(m, state[0]), "float32")
+            m = kept(tirx.max(m, state[0]), "float32")
             factor[0] = tirx.exp2(state[0] - m)
             state[0] = m
             state[1] = state[1] * factor[0]
@@ -563,7 +553,7 @@ def _merge(
                 sums[e] = sums[e] * factor[0]
             for n in range(_AHEAD):
                 chunk = (step * _AHEAD + n) * rows + ty
-                factor[0] = tirx.if_then_else(chunk < chunks, tirx.exp2(tops[n] - m), _number(0))
+                factor[0] = tirx.if_then_else(chunk < chunks, tirx.exp2(tops[n] - m), float32(0))
                 state[1] = state[1] + factor[0] * weights[n]
                 for e in range(lanes):
                     sums[e] = sums[e] + factor[0] * found[n * lanes + e]
@@ -574,9 +564,9 @@ def _merge(
             T.buffer_store(states, state[1], [rows + ty])
         barrier()
         with T.If(ty == 0), T.Then():
-            state[0], state[1] = _number(_LEAST), _number(0)
+            state[0], state[1] = float32(LEAST), float32(0)
             for e in range(lanes):
-                sums[e] = _number(0)
+                sums[e] = float32(0)
             with T.serial(0, rows) as r:
                 state[0] = tirx.max(state[0], states[r])
             with T.serial(0, rows) as r:
@@ -585,9 +575,9 @@ def _merge(
                 read = load_vectors(lambda at: of_rows[at], r * dim + tx * lanes, lanes, lanes)
                 for e, value in enumerate(read):
                     sums[e] = sums[e] + factor[0] * value
-            inverse = _kept(tirx.if_then_else(chunks > 0, 1.0 / state[1], _number(0)), "float32")
+            inverse = kept(tirx.if_then_else(chunks > 0, 1.0 / state[1], float32(0)), "float32")
             for e in range(lanes):
                 T.buffer_store(out, cast(shape.dtype, sums[e] * inverse, 1), [i, head, tx * lanes + e])
             with T.If(tx == 0), T.Then():
-                full = tirx.if_then_else(chunks > 0, state[0] + tirx.log2(state[1]), _number(LOWEST))
+                full = tirx.if_then_else(chunks > 0, state[0] + tirx.log2(state[1]), float32(LOWEST))
                 T.buffer_store(lse, full, [i, head])

@@ -25,9 +25,11 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.kernels.cpu_attention import (
+    LEAST,
     LOWEST,
     AttentionShape,
     attention_function,
+    float32,
     int32_view,
     length_of,
     page_arguments,
@@ -35,7 +37,7 @@ from awq_compile.kernels.cpu_attention import (
 )
 from awq_compile.kernels.mma_weights import call, local, pointer, zeros
 from awq_compile.kernels.simd import cast, ramp
-from awq_compile.kernels.simt import Registers, barrier, branch
+from awq_compile.kernels.simt import Registers, barrier, branch, kept
 
 Expr = Any
 Buffer = Any
@@ -44,7 +46,6 @@ _WARPS: Final = 8
 _ROWS: Final = 16  # of a warp
 _TILE: Final = _WARPS * _ROWS  # rows of a block
 _PIECE: Final = 8  # halves that are copied at a time
-_LEAST: Final = -3e38  # below every score
 
 
 def supports(shape: AttentionShape) -> bool:
@@ -123,7 +124,7 @@ class _Paged:
 
     def place(self, prepared: Expr, position: Expr, head: Expr, element: Expr, part: int) -> Expr:
         """As of `_Ragged`."""
-        row = (prepared * 2 + part) * self.shape.kv_heads + head
+        row = (tirx.Cast("int64", prepared) * 2 + part) * self.shape.kv_heads + head  # a cache may be large
         row = row * self.shape.page + tirx.floormod(position, self.shape.page)
         return self.pages.access_ptr("r", offset=row * self.shape.head_dim + element)
 
@@ -142,21 +143,21 @@ def _attend(shape: AttentionShape, q: Buffer, q_indptr: Buffer, n: Expr, b: Expr
         T.launch_thread("threadIdx.x", 32) as lane,
         T.launch_thread("threadIdx.y", _WARPS) as warp,
     ):
-        slot = _kept(slots - 1 - bx)
+        slot = kept(slots - 1 - bx)
         sequence = Registers(1, "int32")
         sequence[0] = tirx.const(0, "int32")
         with T.serial(1, b) as other:  # its place is not beyond `slot`
             begins = q_indptr[other] * shape.group < (slot - other + 1) * _TILE
             sequence[0] = sequence[0] + tirx.Cast("int32", begins)
         i = sequence[0]
-        begin = _kept(q_indptr[i])
-        tokens = _kept(q_indptr[i + 1] - begin)
-        first = _kept((slot - i - tirx.truncdiv(begin * shape.group, _TILE)) * _TILE)
-        length = _kept(source.length(i))
+        begin = kept(q_indptr[i])
+        tokens = kept(q_indptr[i + 1] - begin)
+        first = kept((slot - i - tirx.truncdiv(begin * shape.group, _TILE)) * _TILE)
+        length = kept(source.length(i))
         tile = _Tile(shape, begin, tokens, first, length, causal, head, lane, warp)
-        keys = _Keys(shape, source, i, length, head, _kept(warp * 32 + lane))
-        tiles = _kept(tirx.truncdiv(tile.seen() + (keys.count - 1), keys.count))
-        scale = _kept(sm_scale * math.log2(math.e), "float32")
+        keys = _Keys(shape, source, i, length, head, kept(warp * 32 + lane))
+        tiles = kept(tirx.truncdiv(tile.seen() + (keys.count - 1), keys.count))
+        scale = kept(sm_scale * math.log2(math.e), "float32")
         state = _State(shape, keys.count)
         with T.If(tiles > 0), T.Then():
             keys.prepare(0)
@@ -199,14 +200,13 @@ class _Tile:
         self.shape, self.begin, self.head, self.t = shape, begin, head, T.bind(lane % 4)
         self._tokens, self._first, self._length, self._causal = tokens, first, length, causal
         self.count = T.bind(tokens * shape.group)
-        self.rows = [_kept(first + warp * _ROWS + lane // 4 + half * 8) for half in range(2)]
-        self.limits = [_kept(self._limit(row)) for row in self.rows]
+        self.rows = [kept(first + warp * _ROWS + lane // 4 + half * 8) for half in range(2)]
+        self.limits = [kept(self._limit(row)) for row in self.rows]
 
     def _limit(self, row: Expr) -> Expr:
         """Positions that a row sees."""
         token = tirx.truncdiv(row, self.shape.group)
-        upto = tirx.min(self._length, self._length - self._tokens + token + 1)
-        return tirx.Select(self._causal != 0, upto, self._length)
+        return tirx.Select(self._causal != 0, self._length - self._tokens + token + 1, self._length)
 
     def seen(self) -> Expr:
         """Positions that any row sees; none where the block has no rows."""
@@ -226,7 +226,7 @@ class _Tile:
     def load(self, q: Buffer, operands: Buffer) -> None:
         """Queries as A: of rows behind the end the last one's."""
         places = [tirx.min(row, self.count - 1) for row in self.rows]
-        places = [(_kept(self.token(row)), _kept(self.query_head(row))) for row in places]
+        places = [(kept(self.token(row)), kept(self.query_head(row))) for row in places]
         pairs = local(8, "float16")
         for step in range(self.shape.head_dim // 16):
             for number in range(4):
@@ -256,7 +256,7 @@ class _Keys:
         for start in range(0, total, threads):
             at = start + thread
             inside = tirx.min(at, total - 1)
-            row, element = _kept(tirx.truncdiv(inside, pieces)), _kept(tirx.truncmod(inside, pieces) * _PIECE)
+            row, element = kept(tirx.truncdiv(inside, pieces)), kept(tirx.truncmod(inside, pieces) * _PIECE)
             self._pieces.append((row, element, start + threads <= total, at < total))
         self._prepared = Registers(len(self._pieces), "int32")
 
@@ -301,7 +301,7 @@ class _State:
         self._b, self._p = local(4, "uint32"), local(4, "uint32")
         self._top, self._total = Registers(2), Registers(2)
         for half in range(2):
-            self._top[half], self._total[half] = _number(_LEAST), _number(0)
+            self._top[half], self._total[half] = float32(LEAST), float32(0)
         self._next, self._factor = Registers(2), Registers(2)
 
     def _columns(self, half: int) -> list[int]:
@@ -311,7 +311,7 @@ class _State:
     def score(self, keys: _Keys, base: Expr, lane: Expr) -> None:
         """scores = q·k."""
         for at in range(self._count // 8 * 4):
-            T.buffer_store(self._scores, _number(0), [at])
+            T.buffer_store(self._scores, float32(0), [at])
         for step in range(self._dim // 16):
             for first in range(0, self._count, 16):
                 keys.operands(base, lane, first, step * 16, self._b, values=False)
@@ -323,7 +323,7 @@ class _State:
         for half, limit in enumerate(limits):
             for at in self._columns(half):
                 position = first + at // 4 * 8 + at % 2
-                T.buffer_store(self._scores, T.Select(position < limit, self._scores[at], _number(_LEAST)), [at])
+                T.buffer_store(self._scores, T.Select(position < limit, self._scores[at], float32(LEAST)), [at])
 
     def weigh(self, scale: Expr) -> None:
         """Scores become weights, and what was summed before is scaled."""
@@ -361,28 +361,17 @@ class _State:
                 self._total[half] = self._total[half] + _of_neighbour(self._total[half], distance)
         for half, (row, limit) in enumerate(zip(tile.rows, tile.limits, strict=True)):
             with T.If(row < tile.count), T.Then():
-                token, head = _kept(tile.token(row)), _kept(tile.query_head(row))
-                inverse = _kept(tirx.Select(limit > 0, 1.0 / self._total[half], _number(0)), "float32")
+                token, head = kept(tile.token(row)), kept(tile.query_head(row))
+                inverse = kept(1.0 / self._total[half], "float32")
                 pair = local(2, "float16")
                 for group in range(self._dim // 8):
                     for column in range(2):
-                        value = self._sums[group * 4 + half * 2 + column] * inverse
+                        value = tirx.Select(limit > 0, self._sums[group * 4 + half * 2 + column] * inverse, float32(0))
                         T.buffer_store(pair, cast("float16", value, 1), [column])
                     T.buffer_store(out, pair[ramp(0, 2)], [token, head, ramp(group * 8 + tile.t * 2, 2)])
                 with T.If(tile.t == 0), T.Then():
                     found = self._top[half] * scale + tirx.log2(self._total[half])
-                    T.buffer_store(lse, tirx.Select(limit > 0, found, _number(LOWEST)), [token, head])
-
-
-def _kept(value: Expr, dtype: str = "int32") -> Expr:
-    """In a register: what is bound would be computed wherever it is read."""
-    register = Registers(1, dtype)
-    register[0] = value
-    return register[0]
-
-
-def _number(value: float) -> Expr:
-    return tirx.const(value, "float32")
+                    T.buffer_store(lse, tirx.Select(limit > 0, found, float32(LOWEST)), [token, head])
 
 
 def _exp2(value: Expr) -> Expr:

@@ -68,6 +68,13 @@ class Registers:
         return self._buffer[ramp(index, lanes)]
 
 
+def kept(value: Expr, dtype: str = "int32") -> Expr:
+    """In a register: what is bound would be computed wherever it is read."""
+    register = Registers(1, dtype)
+    register[0] = value
+    return register[0]
+
+
 @dataclass(frozen=True)
 class ThreadReader:
     """`unit` consecutive weights of one row, as one thread reads them: whole words, within one group."""

@@ -136,7 +136,9 @@ def tiled_ragged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3
     yield _ragged(kernel, (1,), (1,), causal=True)
     yield _ragged(kernel, (3, 17, 0, 1, 40), (3, 17, 5, 1, 40), causal=True)
     yield _ragged(kernel, (18, 2), (1, 35), causal=False)
-    yield _ragged(kernel, (0, 131, 2), (0, 200, 2), causal=True)
+    yield _ragged(kernel, (20, 2), (5, 2), causal=True)  # queries that see nothing
+    yield _ragged(kernel, (0, 131, 2), (7, 200, 2), causal=True)
+    yield _ragged(kernel, (130,), (131,), causal=True)  # a tile whose last query alone sees another tile of keys
 
 
 def _ragged(
@@ -176,7 +178,7 @@ def tiled_paged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3R
     yield _prefill(kernel, (1,), (1,), causal=True)
     yield _prefill(kernel, (5, 18, 3), (37, 0, 16), causal=False)
     yield _prefill(kernel, (33, 2, 1), (64, 17, 100), causal=True)
-    yield _prefill(kernel, (131, 0, 3), (190, 20, 0), causal=False)
+    yield _prefill(kernel, (0, 131, 0, 3), (9, 190, 20, 0), causal=False)
 
 
 def _prefill(

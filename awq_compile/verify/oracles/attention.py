@@ -89,9 +89,10 @@ def attend(
             + np.einsum("nhd,mhd->nhm", np.abs(q.exact), key_error)
         )
     scores = np.where(visible[:, None], scores, -np.inf)
-    top = scores.max(axis=-1, keepdims=True)
+    seen = np.asarray(visible.any(axis=1, keepdims=True))  # (n, 1)
+    top = np.where(seen[..., None], scores.max(axis=-1, keepdims=True), 0)
     weights = np.exp2(scores - top)
-    total = weights.sum(axis=-1, keepdims=True)
+    total = np.where(seen[..., None], weights.sum(axis=-1, keepdims=True), 1)
     # Weight 2^(s - m): the errors of s and m, and of exp2 itself; then a sum of m terms on each side of the division.
     of_weight = np.log(2) * (error + np.max(np.where(visible[:, None], error, 0), axis=-1, keepdims=True))
     of_weight = np.expm1(of_weight) + FUNCTION + (len(key) + 8) * ROUNDOFF["float32"]
@@ -105,6 +106,7 @@ def attend(
     lse = (np.log2(total) + top)[..., 0]
     of_lse = 1.5 * relative[..., 0] + np.einsum("nhm,nhm->nh", weights / total, error) + FUNCTION
     of_lse = of_lse + 4 * ROUNDOFF["float32"] * (np.abs(lse) + np.abs(top[..., 0]))
+    lse, of_lse = np.where(seen, lse, NOTHING_VISIBLE), np.where(seen, of_lse, 10.0)
     return Values(output, bound + stored(np.abs(output) + bound, dtype)), Values(lse, of_lse)
 
 

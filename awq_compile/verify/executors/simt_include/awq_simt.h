@@ -176,6 +176,7 @@ static inline void* awq_dynamic_shared() { return awq_shared_start; }
 static inline void awq_async_copy_later(void* to, const void* from, unsigned bytes) {
   awq_fiber* self = awq_current;
   if (self->async_count == 64) __builtin_trap();
+  memset(to, 0xFF, bytes);  // it may arrive at once: whoever still reads what was there finds NaN
   self->async[self->async_count++] = {to, from, bytes, self->async_group};
 }
 // Completes all but the `pending` youngest committed groups.
