@@ -271,8 +271,9 @@ class _PageOf:
         found = []
         for position in positions:
             p = kept(tirx.min(position, self.positions - 1))
-            page = kept(self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)])
-            found.append((page, tirx.floormod(p, self.shape.page)))
+            page = self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)]
+            # A layer's cache may have more than 2^31 elements.
+            found.append((kept(tirx.Cast("int64", page), "int64"), tirx.floormod(p, self.shape.page)))
         return found
 
     def load(self, part: int, place: tuple[Expr, Expr], column: Expr, into: Buffer, first: int, lanes: int) -> None:
