@@ -68,8 +68,8 @@ def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name:
         wanted = tirx.floordiv(used * plan.blocks_of_chunk + (schedule.blocks - 1), schedule.blocks)
         per_chunk = T.bind(tirx.max(tirx.min(wanted, plan.most_pages), 1))
         slots = T.bind(tirx.floordiv(used, per_chunk) + b)  # no sequence has a chunk beyond
-        kept = tirx.floordiv(slots + (_SLOTS - 1), _SLOTS) * _SLOTS
-        partial = _Partial(shape, workspace("partial", (kept * _Partial.floats(shape),), "float32"))
+        allocated = tirx.floordiv(slots + (_SLOTS - 1), _SLOTS) * _SLOTS
+        partial = _Partial(shape, workspace("partial", (allocated * _Partial.floats(shape),), "float32"))
         cache = _Cache(shape, pages, page_indptr, page_values, length_info)
         with (
             T.launch_thread("blockIdx.x", slots) as slot,

@@ -39,3 +39,5 @@ def test_a_library_with_graphs(tmp_path: Path) -> None:
     found = verify_whole_model(dist, resolve_target(TARGET), prompts=PROMPTS, steps=3)
     assert found.passed, found.words()
     assert found.tokens == 1 + 3 + 2 + 3 * 2
+    for kernel in ("attention_ragged_prefill", "attention_paged_decode"):  # ours, not TVM's
+        assert found.launches[f"{kernel}_kernel"] > 0
