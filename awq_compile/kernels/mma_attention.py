@@ -8,7 +8,8 @@ and values in tiles, and the softmax runs along, in base 2 and with s = q·k * s
 
 Row r of a key/value head's tile is query head r % G of token r / G, so that G = Hq / Hkv heads share what is read.
 Products are those of `mma.m16n8k16`: a warp has 16 rows, lane l = 4 g + t of it rows g and g + 8. The sums of q·k are,
-as they lie, the operand p of the second product, rounded to float16.
+as they lie, the operand p of the second product: a float16 and, as a second operand, what that leaves out, so that p is
+as good as in float32 and `out` is rounded once.
 
 Sequence i, with the rows G q_indptr[i] … G q_indptr[i + 1] - 1, has the tiles from ⌊G q_indptr[i] / R⌋ + i on, R rows
 each: those of neighbours never meet, and the host knows a bound of their number. Later tiles see more keys and start
@@ -298,7 +299,7 @@ class _State:
         self._dim, self._count = shape.head_dim, count
         self.q = local(shape.head_dim // 16 * 4, "uint32")
         self._scores, self._sums = local(count // 8 * 4, "float32"), zeros(shape.head_dim // 8 * 4)
-        self._b, self._p = local(4, "uint32"), local(4, "uint32")
+        self._b, self._p = local(4, "uint32"), local(8, "uint32")
         self._top, self._total = Registers(2), Registers(2)
         for half in range(2):
             self._top[half], self._total[half] = float32(LEAST), float32(0)
@@ -348,11 +349,11 @@ class _State:
     def add(self, keys: _Keys, base: Expr, lane: Expr) -> None:
         """sums += weights · v."""
         for first in range(0, self._count, 16):
-            call("awq_halves_f16", pointer(self._p, 0), pointer(self._scores, first // 8 * 4))
+            call("awq_two_halves_f16", pointer(self._p, 0), pointer(self._scores, first // 8 * 4))
             for element in range(0, self._dim, 16):
                 keys.operands(base, lane, first, element, self._b, values=True)
-                for group in range(2):
-                    _multiply(self._sums, (element // 8 + group) * 4, self._p, 0, self._b, group * 2)
+                for part, group in ((part, group) for part in range(2) for group in range(2)):
+                    _multiply(self._sums, (element // 8 + group) * 4, self._p, part * 4, self._b, group * 2)
 
     def finish(self, tile: _Tile, out: Buffer, lse: Buffer, scale: Expr) -> None:
         """Stores the rows that there are; where a row sees nothing, 0 and TVM's lowest."""

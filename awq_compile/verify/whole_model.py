@@ -28,7 +28,6 @@ from awq_compile.runtime import engine
 from awq_compile.runtime.lean_tvm import Shape, tvm
 from awq_compile.targets import resolve_target
 from awq_compile.targets.base import TargetSpec
-from awq_compile.targets.gpu import has_tensor_cores
 from awq_compile.tuning.database import known_records
 from awq_compile.verify.device_vm import device_vm, initialised
 from awq_compile.verify.dist import compiled_from
@@ -37,8 +36,7 @@ from awq_compile.verify.tolerance import ROUNDOFF
 F32 = npt.NDArray[np.float32]
 STEPS: Final = 12  # tokens decoded, of one sequence and then of three
 # Where a layer rounds to half precision: two norms, q k v, their rotation, attention, its merging, two sums with the
-# residual, and the product of gate and up; on tensor cores the softmax's weights. Outside of layers: embedding, last
-# norm, logits.
+# residual, and the product of gate and up. Outside of layers: embedding, last norm, logits.
 _ROUNDINGS_OF_LAYER: Final = 9
 _ROUNDINGS_OUTSIDE: Final = 3
 
@@ -89,10 +87,9 @@ class Prompts:
         return Prompts(ids[0], ids[1 : 1 + min(options.max_batch_size, chunk)])
 
 
-def tolerance(layers: int, dtype: str, *, tensor_cores: bool = False) -> float:
+def tolerance(layers: int, dtype: str) -> float:
     """Largest difference of a logit, as a share of the largest one: 2 √n u for n roundings, which are independent."""
-    of_layer = _ROUNDINGS_OF_LAYER + int(tensor_cores)
-    return 2 * math.sqrt(of_layer * layers + _ROUNDINGS_OUTSIDE) * ROUNDOFF[dtype]
+    return 2 * math.sqrt(_ROUNDINGS_OF_LAYER * layers + _ROUNDINGS_OUTSIDE) * ROUNDOFF[dtype]
 
 
 def verify_whole_model(
@@ -118,8 +115,7 @@ def verify_whole_model(
         comparison.tokens,
         comparison.differing,
         comparison.worst,
-        tolerance(context.config.num_layers, target.dtype, tensor_cores=has_tensor_cores(target.tvm_target))
-        * comparison.scale,
+        tolerance(context.config.num_layers, target.dtype) * comparison.scale,
         dict(device.launches),
         time.monotonic() - started,
         failure,

@@ -6,7 +6,7 @@ Pages are (num_pages, 2, Hkv, page, D): keys in [:, 0], values in [:, 1]. Memory
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
@@ -36,7 +36,6 @@ class _Kernel:
     kv_heads: int
     dim: int
     dtype: str
-    weights_dtype: str = "float32"  # of the softmax, where they meet the values
 
     @staticmethod
     def of(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> _Kernel:
@@ -53,7 +52,7 @@ class _Kernel:
         return float(np.float32(self.dim**-0.5))
 
     def attend(self, query: Values, key: Values, value: Array, visible: Mask) -> tuple[Values, Values]:
-        return attend(query, key, value, visible, self.softmax_scale, self.dtype, self.weights_dtype)
+        return attend(query, key, value, visible, self.softmax_scale, self.dtype)
 
     def rope(self) -> Rope:
         return Rope(float(np.float32(_THETA)), _SCALE, self.scaling)
@@ -132,7 +131,7 @@ def ragged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope |
 
 def tiled_ragged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
     """The same for our kernel, with more than a tile of queries and of keys. Keys are rotated before it gets them."""
-    kernel = replace(_Kernel.of(table, rng, scaling), weights_dtype="float16")
+    kernel = _Kernel.of(table, rng, scaling)
     yield _ragged(kernel, (1,), (1,), causal=True)
     yield _ragged(kernel, (3, 17, 0, 1, 40), (3, 17, 5, 1, 40), causal=True)
     yield _ragged(kernel, (18, 2), (1, 35), causal=False)
@@ -174,7 +173,7 @@ def paged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | 
 
 def tiled_paged_prefill(table: Table, rng: np.random.Generator, scaling: Llama3Rope | None) -> Iterator[Case]:
     """The same for our kernel, with more than a tile of queries and of keys. Keys are rotated in the cache."""
-    kernel = replace(_Kernel.of(table, rng, scaling), weights_dtype="float16")
+    kernel = _Kernel.of(table, rng, scaling)
     yield _prefill(kernel, (1,), (1,), causal=True)
     yield _prefill(kernel, (5, 18, 3), (37, 0, 16), causal=False)
     yield _prefill(kernel, (33, 2, 1), (64, 17, 100), causal=True)

@@ -61,18 +61,9 @@ class Rope:
 
 
 def attend(
-    q: Values,
-    k: Values,
-    v: npt.NDArray[np.floating],
-    visible: npt.NDArray[np.bool_],
-    scale: float,
-    dtype: str,
-    weights_dtype: str = "float32",
+    q: Values, k: Values, v: npt.NDArray[np.floating], visible: npt.NDArray[np.bool_], scale: float, dtype: str
 ) -> tuple[Values, Values]:
-    """q (n, Hq, D), k and v (m, Hkv, D), visible (n, m) → output (n, Hq, D) in `dtype`, lse (n, Hq).
-
-    `weights_dtype`: to which weights are rounded where they meet the values, but not in their sum.
-    """
+    """q (n, Hq, D), k and v (m, Hkv, D), visible (n, m) → output (n, Hq, D) in `dtype`, lse (n, Hq)."""
     n, heads, dim = q.exact.shape
     if not len(k.exact):
         zero = np.zeros(q.exact.shape)
@@ -99,9 +90,6 @@ def attend(
     relative = np.einsum("nhm,nhm->nh", weights / total, of_weight)[..., None]
     output = np.einsum("nhm,mhd->nhd", weights / total, value)
     spread = np.einsum("nhm,mhd->nhd", weights / total * of_weight, np.abs(value))
-    if weights_dtype != "float32":
-        rounded = stored(weights, weights_dtype) / total
-        spread = spread + np.einsum("nhm,mhd->nhd", rounded, np.abs(value))
     bound = 1.1 * (spread + relative * np.einsum("nhm,mhd->nhd", weights / total, np.abs(value)))
     lse = (np.log2(total) + top)[..., 0]
     of_lse = 1.5 * relative[..., 0] + np.einsum("nhm,nhm->nh", weights / total, error) + FUNCTION

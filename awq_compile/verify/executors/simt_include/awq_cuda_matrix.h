@@ -53,11 +53,10 @@ static inline void awq_pairs_f16(uint32_t* d, const void* x) {
   }
 }
 static inline float awq_exp2(float x) { return x < -126.0f ? 0.0f : exp2f(x); }
-static inline void awq_halves_f16(uint32_t* d, const float* from) {
-  for (unsigned i = 0; i < 4; ++i) {
-    half pair[2] = {(half)from[i * 2], (half)from[i * 2 + 1]};
-    memcpy(d + i, pair, 4);
-  }
+static inline void awq_two_halves_f16(uint32_t* d, const float* from) {
+  half halves[16];
+  for (unsigned i = 0; i < 8; ++i) halves[i] = (half)from[i], halves[8 + i] = (half)(from[i] - (float)halves[i]);
+  memcpy(d, halves, 32);
 }
 static inline void awq_load_16(uint32_t* d, const void* from) {
   if ((uintptr_t)from % 16) __builtin_trap();
