@@ -115,15 +115,15 @@ __device__ __forceinline__ float awq_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Eight numbers as float16, and in d[4] and on what that leaves out of them.
+// Eight numbers as float16, and from d[4] on what that leaves out of them.
 __device__ __forceinline__ void awq_two_halves_f16(unsigned* d, const float* from) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float low = from[i * 2], high = from[i * 2 + 1];
-    __half2 first = __floats2half2_rn(low, high);
-    __half2 rest = __floats2half2_rn(low - __low2float(first), high - __high2float(first));
-    d[i] = *reinterpret_cast<unsigned*>(&first);
-    d[i + 4] = *reinterpret_cast<unsigned*>(&rest);
+    float low, high;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d[i]) : "f"(from[i * 2 + 1]), "f"(from[i * 2]));
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(low), "=f"(high) : "r"(d[i]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d[i + 4]) : "f"(from[i * 2 + 1] - high), "f"(from[i * 2] - low));
   }
 }"""
 
