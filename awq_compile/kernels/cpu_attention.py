@@ -14,53 +14,33 @@ nothing is summed across lanes. With one token (`paged_decode`) lanes run along 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from awq_compile.kernels.attention import (
+    LOWEST,
+    AttentionShape,
+    Call,
+    attention_function,
+    decode_call,
+    int32_view,
+    paged_call,
+    ragged_call,
+)
 from awq_compile.kernels.simd import cast, ramp, total, zeros
 
 Expr = Any
 Buffer = Any
 
 _VECTORS: Final = 2  # vectors of rows per tile
-LOWEST: Final = -5e4  # a score that counts for nothing, TVM's choice
-LEAST: Final = -3e38  # below every score
 # 2^f on [-1/2, 1/2], relative error below 1e-8.
 _EXP2: Final = (
     np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5]).convert(kind=np.polynomial.Polynomial).coef
 )
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes that the kernels are compiled for. `lanes` is the widest vector, a power of two.
-
-    `page`: positions of a page of the cache, which the kernels take together.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str = "float32"
-    lanes: int = 16
-    page: int = 16
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head."""
-        return self.heads // self.kv_heads
-
-    @property
-    def head_lanes(self) -> int:
-        """Widest vector that divides the head."""
-        return math.gcd(self.lanes, self.head_dim)
 
 
 def exp2(x: Expr, lanes: int) -> Expr:
@@ -85,98 +65,35 @@ def _highest(value: Expr, lanes: int) -> Expr:
     return value
 
 
-def int32_view(name: str, *shape: Expr) -> Buffer:
-    """An auxiliary array: the cache passes views that begin anywhere in one buffer."""
-    return T.arg(name, T.buffer(shape, "int32", elem_offset=tirx.Var(f"{name}_offset", "int32")))
-
-
-@contextmanager
-def attention_function(name: str) -> Iterator[IRBuilder]:
-    with IRBuilder() as builder, T.prim_func():
-        T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
-        yield builder
-
-
-def rope_arguments() -> None:
-    """Rotary embedding within attention is for cache modes that we do not create."""
-    for name, dtype in (("rotary_mode", "int32"), ("rope_scale", "float32"), ("rope_theta", "float32")):
-        T.arg(name, tirx.Var(name, dtype))
-
-
 def ragged_prefill(shape: AttentionShape) -> Any:
     """Attention of new tokens to themselves: k and v (m, Hkv, D) are those of the same call."""
-    s = shape
-    n, m, b = tirx.Var("n", "int32"), tirx.Var("m", "int32"), tirx.Var("b", "int32")
     with attention_function("attention_ragged_prefill") as builder:
-        q = T.arg("q", T.buffer((n, s.heads, s.head_dim), s.dtype))
-        q_indptr = int32_view("q_indptr", b + 1)
-        k = T.arg("k", T.buffer((m, s.kv_heads, s.head_dim), s.dtype))
-        v = T.arg("v", T.buffer((m, s.kv_heads, s.head_dim), s.dtype))
-        kv_indptr = int32_view("kv_indptr", b + 1)
-        int32_view("q_rope_position", n)
-        int32_view("k_rope_pos_offset", b)
-        out = T.arg("out", T.buffer((n, s.heads, s.head_dim), s.dtype))
-        lse = T.arg("lse", T.buffer((n, s.heads), "float32"))
-        causal = T.arg("causal", tirx.Var("causal", "int32"))
-        rope_arguments()
-        sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
-        with T.serial(0, b) as i:
-            first = T.bind(kv_indptr[i])
-            length = T.bind(kv_indptr[i + 1] - first)
+        call, source = ragged_call(shape)
+        with T.serial(0, call.b) as i:
+            first = T.bind(source.indptr[i])
 
             def block_reader(head: Expr, _block: Expr, first: Expr = first) -> tuple[_Element, _Element]:
-                return (lambda p, d: k[first + p, head, d]), (lambda p, d: v[first + p, head, d])
+                return (lambda p, d: source.k[first + p, head, d]), (lambda p, d: source.v[first + p, head, d])
 
-            _attend(s, q, out, lse, q_indptr[i], q_indptr[i + 1], length, causal, sm_scale, block_reader)
+            _attend(shape, call, i, T.bind(source.length(i)), block_reader)
     return builder.get()
 
 
 def paged_prefill(shape: AttentionShape) -> Any:
     """Attention of new tokens to the pages of their sequences."""
-    s = shape
-    n, b = tirx.Var("n", "int32"), tirx.Var("b", "int32")
     with attention_function("attention_paged_prefill") as builder:
-        q = T.arg("q", T.buffer((n, s.heads, s.head_dim), s.dtype))
-        q_indptr = int32_view("q_indptr", b + 1)
-        pages, page_indptr, page_values, length_info = page_arguments(s, b)
-        int32_view("k_rope_pos_offset", b)
-        int32_view("q_rope_position", n)
-        out = T.arg("out", T.buffer((n, s.heads, s.head_dim), s.dtype))
-        lse = T.arg("lse", T.buffer((n, s.heads), "float32"))
-        causal = T.arg("causal", tirx.Var("causal", "int32"))
-        rope_arguments()
-        sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
-        with T.serial(0, b) as i:
-            first = T.bind(page_indptr[i])
-            length = T.bind(length_of(s, page_indptr, length_info, i))
+        call, source = paged_call(shape)
+        with T.serial(0, call.b) as i:
+            first = T.bind(source.indptr[i])
 
             def block_reader(head: Expr, block: Expr, first: Expr = first) -> tuple[_Element, _Element]:
-                page, start = T.bind(page_values[first + block]), block * s.page
-                return (lambda p, d: pages[page, 0, head, p - start, d]), (
-                    lambda p, d: pages[page, 1, head, p - start, d]
+                page, start = T.bind(source.values[first + block]), block * shape.page
+                return (lambda p, d: source.memory[page, 0, head, p - start, d]), (
+                    lambda p, d: source.memory[page, 1, head, p - start, d]
                 )
 
-            _attend(s, q, out, lse, q_indptr[i], q_indptr[i + 1], length, causal, sm_scale, block_reader)
+            _attend(shape, call, i, T.bind(source.length(i)), block_reader)
     return builder.get()
-
-
-def float32(value: float) -> Expr:
-    """A constant."""
-    return tirx.const(value, "float32")
-
-
-def page_arguments(s: AttentionShape, b: Expr) -> tuple[Buffer, Buffer, Buffer, Buffer]:
-    """pages, page_indptr, page_values, length_info (tokens in each sequence's last page)."""
-    count, used = tirx.Var("num_pages", "int32"), tirx.Var("nnz_pages", "int32")
-    pages = T.arg("pages", T.buffer((count, 2, s.kv_heads, s.page, s.head_dim), s.dtype))
-    return pages, int32_view("page_indptr", b + 1), int32_view("page_values", used), int32_view("length_info", b)
-
-
-def length_of(s: AttentionShape, page_indptr: Buffer, length_info: Buffer, i: Expr) -> Expr:
-    """Positions of sequence i: whole pages, and what the last one holds, which is a position at least."""
-    pages = page_indptr[i + 1] - page_indptr[i]
-    return tirx.Select(pages > 0, (pages - 1) * s.page + length_info[i], tirx.const(0, "int32"))
 
 
 _Element = Callable[[Expr, Expr], Expr]  # element d of the key (or value) at position p
@@ -184,24 +101,20 @@ _Element = Callable[[Expr, Expr], Expr]  # element d of the key (or value) at po
 
 def _attend(
     s: AttentionShape,
-    q: Buffer,
-    out: Buffer,
-    lse: Buffer,
-    q_first: Expr,
-    q_end: Expr,
+    call: Call,
+    i: Expr,
     length: Expr,
-    causal: Expr,
-    sm_scale: Expr,
     block_reader: Callable[[Expr, Expr], tuple[_Element, _Element]],
 ) -> None:
-    """One sequence: tokens q_first … q_end of q against `length` positions, read by `block_reader(head, block)`.
+    """Sequence i's tokens of q against `length` positions, read by `block_reader(head, block)`.
 
     Row r of a head is query head r % G of token r // G. A tile of 2 vectors of rows is one task.
     """
     lanes, vectors, dim, group = s.lanes, _VECTORS, s.head_dim, s.group
     width = lanes * vectors
-    q_first = T.bind(q_first)
-    tokens = T.bind(q_end - q_first)
+    q, out, lse, causal, sm_scale = call.q, call.out, call.lse, call.causal, call.sm_scale
+    q_first = T.bind(call.q_indptr[i])
+    tokens = T.bind(call.q_indptr[i + 1] - q_first)
     rows = T.bind(tokens * group)
     tiles = T.bind((rows + (width - 1)) // width)
     with T.parallel(0, tiles * s.kv_heads) as task:
@@ -313,17 +226,10 @@ def paged_decode(shape: AttentionShape) -> Any:
     s = shape
     lanes, group = s.head_lanes, s.group
     vectors = s.head_dim // lanes
-    b = tirx.Var("b", "int32")
     with attention_function("attention_paged_decode") as builder:
-        q = T.arg("q", T.buffer((b, s.heads, s.head_dim), s.dtype))
-        pages, page_indptr, page_values, length_info = page_arguments(s, b)
-        int32_view("k_rope_pos_offset", b)
-        int32_view("q_rope_position", b)
-        out = T.arg("out", T.buffer((b, s.heads, s.head_dim), s.dtype))
-        lse = T.arg("lse", T.buffer((b, s.heads), "float32"))
-        rope_arguments()
-        sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
-        with T.parallel(0, b * s.kv_heads) as task:
+        call, source = decode_call(s)
+        q, out, lse, sm_scale = call.q, call.out, call.lse, call.sm_scale
+        with T.parallel(0, call.b * s.kv_heads) as task:
             i, head = T.bind(task // s.kv_heads), T.bind(task % s.kv_heads)
             queries = T.alloc_buffer((group, s.head_dim), "float32")
             sums = T.alloc_buffer((group, s.head_dim), "float32")
@@ -338,13 +244,13 @@ def paged_decode(shape: AttentionShape) -> Any:
                     query = cast("float32", q[i, head * group + g, column], lanes)
                     T.buffer_store(queries, query * scale, [g, column])
                     T.buffer_store(sums, zeros(lanes), [g, column])
-            first = T.bind(page_indptr[i])
-            length = T.bind(length_of(s, page_indptr, length_info, i))
+            first = T.bind(source.indptr[i])
+            length = T.bind(source.length(i))
             with T.serial(0, (length + (s.page - 1)) // s.page) as block:
-                page = T.bind(page_values[first + block])
+                page = T.bind(source.values[first + block])
                 used = T.bind(tirx.min(length - block * s.page, s.page))
                 with T.serial(0, used) as p:
-                    key = [T.bind(cast("float32", pages[page, 0, head, p, c], lanes)) for c in columns]
+                    key = [T.bind(cast("float32", source.memory[page, 0, head, p, c], lanes)) for c in columns]
                     with T.serial(0, group) as g:
                         score = queries[g, columns[0]] * key[0]
                         for v in range(1, vectors):
@@ -353,7 +259,7 @@ def paged_decode(shape: AttentionShape) -> Any:
                 with T.serial(0, group) as g:
                     _decode_softmax(s.page, scores, sums, state, g, used, columns)
                 with T.serial(0, used) as p:
-                    value = [T.bind(cast("float32", pages[page, 1, head, p, c], lanes)) for c in columns]
+                    value = [T.bind(cast("float32", source.memory[page, 1, head, p, c], lanes)) for c in columns]
                     with T.serial(0, group) as g:
                         weight = T.bind(scores[g, p])
                         for v, column in enumerate(columns):

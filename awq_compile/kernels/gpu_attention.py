@@ -3,16 +3,13 @@
 A step of decoding has too few heads to fill a GPU, so the positions of a sequence are shared by several blocks
 ("flash decoding", Dao, Haziza, Massa, Sizov 2023). With s = q·k * scale * log2(e), base 2 throughout:
 
-    each chunk C of positions:      m = max s,  p = 2^(s - m),  l = sum p,  o = sum p v
-    each sequence, over its chunks: M = max m,  L = sum 2^(m - M) l,  out = sum 2^(m - M) o / L,  lse = M + log2 L
+    each chunk:    m = max s,  p = 2^(s - m),  l = sum p,  o = sum p v
+    each sequence: M = max m,  L = sum 2^(m - M) l,  out = sum 2^(m - M) o / L,  lse = M + log2 L
 
 The first kernel has a block for every chunk and key/value head, or part of its query heads: k and v are read once for
-all of them. A thread of (key_threads, rows) takes part of a key for the scores, and one vector of the head
-for the values, whose first loads are under way before the scores are known. The second kernel merges.
-
-Chunks have `pages` pages. Sequence i, with the pages page_indptr[i] … page_indptr[i + 1] - 1, has the chunks from
-page_indptr[i] // pages + i on: places of neighbours never meet, since ⌊(a + n) / c⌋ + 1 ≥ ⌊a / c⌋ + ⌈n / c⌉, and no
-block has to add up the chunks before its own.
+all of them. A thread of (key_threads, rows) takes part of a key for the scores, and one vector of the head for the
+values, whose first loads are under way before the scores are known. The second is `merge_chunks`. Which sequence a
+chunk is of, `attention.sequence_at` says: no block has to add up the chunks before its own.
 """
 
 from __future__ import annotations
@@ -25,17 +22,17 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from awq_compile.errors import CompileError
-from awq_compile.kernels.cpu_attention import (
+from awq_compile.kernels.attention import (
     LEAST,
-    LOWEST,
     AttentionShape,
+    Call,
+    Pages,
     attention_function,
+    decode_call,
     float32,
-    int32_view,
-    length_of,
-    page_arguments,
-    rope_arguments,
+    sequence_at,
 )
+from awq_compile.kernels.merge_chunks import Partial, merge_chunks
 from awq_compile.kernels.simd import cast, ramp
 from awq_compile.kernels.simt import Registers, barrier, branch, kept, load_vectors, sum_over_threads, workspace
 from awq_compile.schedules import DecodeAttentionSchedule
@@ -44,7 +41,6 @@ Expr = Any
 Buffer = Any
 
 _SLOTS: Final = 64  # the workspace grows by so many chunks, for TVM's runtime waits for the device when it does
-_AHEAD: Final = 4  # partial results that a thread of the second kernel reads at once
 
 
 def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name: str) -> Any:
@@ -54,31 +50,22 @@ def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name:
     those call another kernel.
     """
     plan = _Plan.of(shape, schedule)
-    b = tirx.Var("b", "int32")
     with attention_function(name) as builder:
-        q = T.arg("q", T.buffer((b, shape.heads, shape.head_dim), shape.dtype))
-        pages, page_indptr, page_values, length_info = page_arguments(shape, b)
-        int32_view("k_rope_pos_offset", b)
-        int32_view("q_rope_position", b)
-        out = T.arg("out", T.buffer((b, shape.heads, shape.head_dim), shape.dtype))
-        lse = T.arg("lse", T.buffer((b, shape.heads), "float32"))
-        rope_arguments()
-        sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
-        used = page_values.shape[0]
+        call, source = decode_call(shape)
+        b, used = call.b, source.values.shape[0]
         wanted = tirx.floordiv(used * plan.blocks_of_chunk + (schedule.blocks - 1), schedule.blocks)
         per_chunk = T.bind(tirx.max(tirx.min(wanted, plan.most_pages), 1))
         slots = T.bind(tirx.floordiv(used, per_chunk) + b)  # no sequence has a chunk beyond
         allocated = tirx.floordiv(slots + (_SLOTS - 1), _SLOTS) * _SLOTS
-        partial = _Partial(shape, workspace("partial", (allocated * _Partial.floats(shape),), "float32"))
-        cache = _Cache(shape, pages, page_indptr, page_values, length_info)
+        partial = Partial(shape, workspace("partial", (allocated * Partial.floats(shape),), "float32"))
         with (
             T.launch_thread("blockIdx.x", slots) as slot,
             T.launch_thread("blockIdx.y", plan.blocks_of_chunk) as by,
             T.launch_thread("threadIdx.x", plan.key_threads) as tx,
             T.launch_thread("threadIdx.y", plan.key_rows) as ty,
         ):
-            _Chunk(plan, q, cache, partial, slot, by, tx, ty).emit(b, per_chunk, sm_scale)
-        _merge(shape, plan, partial, page_indptr, per_chunk, out, lse, b)
+            _Chunk(plan, call, source, partial, slot, by, tx, ty).emit(per_chunk)
+        merge_chunks(partial, call, source.indptr, per_chunk, schedule.threads)
     return builder.get()
 
 
@@ -164,36 +151,6 @@ class _Plan:
         return self.key_threads == 1 or bool(self.schedule.subgroup and self.schedule.subgroup % self.key_threads == 0)
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """The chunks' results (slots, Hq, D + 4): o, m, l, and what keeps rows aligned to vectors."""
-
-    shape: AttentionShape
-    memory: Buffer
-
-    @staticmethod
-    def floats(shape: AttentionShape) -> int:
-        """Of a slot."""
-        return shape.heads * (shape.head_dim + 4)
-
-    def output(self, slot: Expr, head: Expr, d: Expr) -> Expr:
-        """Of element d of o."""
-        return (slot * self.shape.heads + head) * (self.shape.head_dim + 4) + d
-
-    def state(self, slot: Expr, head: Expr) -> Expr:
-        """Of m; l is next."""
-        return self.output(slot, head, self.shape.head_dim)
-
-
-@dataclass(frozen=True)
-class _Cache:
-    shape: AttentionShape
-    pages: Buffer
-    page_indptr: Buffer
-    page_values: Buffer
-    length_info: Buffer
-
-
 def _shared(count: int) -> Buffer:
     return T.alloc_buffer((count,), "float32", scope="shared")
 
@@ -203,48 +160,43 @@ class _Chunk:
     """The first kernel: a block for chunk `slot` and part `by` of the query heads."""
 
     plan: _Plan
-    q: Buffer
-    cache: _Cache
-    partial: _Partial
+    call: Call
+    source: Pages
+    partial: Partial
     slot: Expr
     by: Expr
     tx: Expr
     ty: Expr
 
-    def emit(self, b: Expr, per_chunk: Expr, sm_scale: Expr) -> None:
+    def emit(self, per_chunk: Expr) -> None:
         """Where there is no such chunk, there are no positions: all threads meet at the barriers nevertheless."""
-        shape, cache, slot = self.plan.shape, self.cache, self.slot
-        sequence = Registers(1, "int32")
-        sequence[0] = tirx.const(0, "int32")
-        with T.serial(1, b) as i:  # its place is not beyond `slot`
-            begins = cache.page_indptr[i] < (slot - i + 1) * per_chunk
-            sequence[0] = sequence[0] + tirx.Cast("int32", begins)
-        i = sequence[0]
-        begin = kept(cache.page_indptr[i])
+        page, source, slot = self.plan.shape.page, self.source, self.slot
+        i = sequence_at(slot, source.indptr, self.call.b, scale=1, per_place=per_chunk)
+        begin = kept(source.indptr[i])
         chunk = kept(slot - i - tirx.truncdiv(begin, per_chunk))
-        length = kept(length_of(shape, cache.page_indptr, cache.length_info, i) - chunk * per_chunk * shape.page)
-        positions = kept(tirx.min(length, per_chunk * shape.page))
+        length = kept(source.length(i) - chunk * per_chunk * page)
+        positions = kept(tirx.min(length, per_chunk * page))
         first_page = kept(begin + chunk * per_chunk)
-        self._attend(i, first_page, positions, sm_scale)
+        self._attend(i, first_page, positions)
 
-    def _attend(self, i: Expr, first_page: Expr, positions: Expr, sm_scale: Expr) -> None:
+    def _attend(self, i: Expr, first_page: Expr, positions: Expr) -> None:
         plan, shape = self.plan, self.plan.shape
         group, dim, threads = plan.group, shape.head_dim, plan.schedule.threads
         flat = kept(self.ty * plan.key_threads + self.tx)
         head = kept(tirx.floordiv(self.by, plan.parts))
         first_head = kept(head * shape.group + tirx.floormod(self.by, plan.parts) * group)
-        page_of = _PageOf(shape, self.cache, first_page, positions, head)
+        page_of = _PageOf(self.source, first_page, positions, head)
         values = _Values(plan, page_of, flat)
         keys = _Keys(plan, page_of, self.tx, self.ty)
         queries, scores, weights = _shared(group * dim), _shared(plan.scores * group), _shared(plan.scores * group)
         with T.If(positions > 0), T.Then():
             keys.load(0)
             values.load(0)
-        scale = kept(sm_scale * math.log2(math.e), "float32")
+        scale = kept(self.call.sm_scale * math.log2(math.e), "float32")
         for start in range(0, group * dim, threads):
             at = start + flat
             with branch(at < group * dim, always=start + threads <= group * dim):
-                query = cast("float32", self.q[i, first_head + at // dim, at % dim], 1)
+                query = cast("float32", self.call.q[i, first_head + at // dim, at % dim], 1)
                 T.buffer_store(queries, query * scale, [at])
         barrier()
         highest, top = _shared(group * plan.key_rows), _shared(group)
@@ -260,8 +212,7 @@ class _Chunk:
 class _PageOf:
     """Where a chunk's positions lie; those beyond its end are the last one's: their memory may hold anything."""
 
-    shape: AttentionShape
-    cache: _Cache
+    source: Pages
     first_page: Expr
     positions: Expr
     head: Expr
@@ -271,15 +222,15 @@ class _PageOf:
         found = []
         for position in positions:
             p = kept(tirx.min(position, self.positions - 1))
-            page = self.cache.page_values[self.first_page + tirx.floordiv(p, self.shape.page)]
+            page = self.source.values[self.first_page + tirx.floordiv(p, self.source.shape.page)]
             # A layer's cache may have more than 2^31 elements.
-            found.append((kept(tirx.Cast("int64", page), "int64"), tirx.floormod(p, self.shape.page)))
+            found.append((kept(tirx.Cast("int64", page), "int64"), tirx.floormod(p, self.source.shape.page)))
         return found
 
     def load(self, part: int, place: tuple[Expr, Expr], column: Expr, into: Buffer, first: int, lanes: int) -> None:
         """`lanes` elements from `column` on, of the key (part 0) or value (1) at a place."""
         page, p = place
-        loaded = self.cache.pages[page, part, self.head, p, ramp(column, lanes)]
+        loaded = self.source.memory[page, part, self.head, p, ramp(column, lanes)]
         T.buffer_store(into, loaded, [ramp(first, lanes)])
 
 
@@ -462,7 +413,7 @@ class _Values:
             with T.If(step + 1 < steps), T.Then():
                 self.load(step + 1)
 
-    def store(self, partial: _Partial, slot: Expr, first_head: Expr, top: Buffer) -> None:
+    def store(self, partial: Partial, slot: Expr, first_head: Expr, top: Buffer) -> None:
         """Adds up over the rows of threads, a few heads at a time, and writes o, m and l."""
         plan, group, lanes = self.plan, self.plan.group, self.plan.lanes
         dim, rows, threads = plan.shape.head_dim, plan.value_rows, plan.schedule.threads
@@ -501,84 +452,3 @@ class _Values:
             at = partial.state(slot, first_head + self.flat)
             T.buffer_store(partial.memory, top[self.flat], [at])
             T.buffer_store(partial.memory, total[0], [at + 1])
-
-
-def _merge(
-    shape: AttentionShape,
-    plan: _Plan,
-    partial: _Partial,
-    page_indptr: Buffer,
-    per_chunk: Expr,
-    out: Buffer,
-    lse: Buffer,
-    b: Expr,
-) -> None:
-    """The second kernel: a block for a query head of a sequence, whose rows of threads share the chunks."""
-    dim, memory = shape.head_dim, partial.memory
-    lanes = math.gcd(dim, 4)
-    columns = dim // lanes
-    rows = max(1, min(plan.schedule.threads // columns, 16))
-    with (
-        T.launch_thread("blockIdx.x", shape.heads) as head,
-        T.launch_thread("blockIdx.y", b) as i,
-        T.launch_thread("threadIdx.x", columns) as tx,
-        T.launch_thread("threadIdx.y", rows) as ty,
-    ):
-        begin = kept(page_indptr[i])
-        chunks = kept(tirx.truncdiv(page_indptr[i + 1] - begin + per_chunk - 1, per_chunk))
-        slot = kept(tirx.truncdiv(begin, per_chunk) + i)
-        state, sums = Registers(2), Registers(lanes)  # m and l; o
-        state[0], state[1] = float32(LEAST), float32(0)
-        for e in range(lanes):
-            sums[e] = float32(0)
-        tops, weights, found, factor = Registers(_AHEAD), Registers(_AHEAD), Registers(_AHEAD * lanes), Registers(1)
-        at_once = rows * _AHEAD
-        with T.serial(0, tirx.floordiv(chunks + (at_once - 1), at_once)) as step:
-            for n in range(_AHEAD):
-                chunk = (step * _AHEAD + n) * rows + ty
-                place = kept(slot + tirx.min(chunk, chunks - 1))
-                m_at = partial.state(place, head)
-                tops[n] = tirx.if_then_else(chunk < chunks, memory[m_at], float32(LEAST))
-                weights[n] = tirx.if_then_else(chunk < chunks, memory[m_at + 1], float32(0))
-                read = load_vectors(lambda at: memory[at], partial.output(place, head, tx * lanes), lanes, lanes)
-                for e, value in enumerate(read):
-                    found[n * lanes + e] = value
-            m = tops[0]
-            for n in range(1, _AHEAD):
-                m = tirx.max(m, tops[n])
-            m = kept(tirx.max(m, state[0]), "float32")
-            factor[0] = tirx.exp2(state[0] - m)
-            state[0] = m
-            state[1] = state[1] * factor[0]
-            for e in range(lanes):
-                sums[e] = sums[e] * factor[0]
-            for n in range(_AHEAD):
-                chunk = (step * _AHEAD + n) * rows + ty
-                factor[0] = tirx.if_then_else(chunk < chunks, tirx.exp2(tops[n] - m), float32(0))
-                state[1] = state[1] + factor[0] * weights[n]
-                for e in range(lanes):
-                    sums[e] = sums[e] + factor[0] * found[n * lanes + e]
-        of_rows, states = _shared(rows * dim), _shared(2 * rows)
-        T.buffer_store(of_rows, sums.vector(0, lanes), [ramp(ty * dim + tx * lanes, lanes)])
-        with T.If(tx == 0), T.Then():
-            T.buffer_store(states, state[0], [ty])
-            T.buffer_store(states, state[1], [rows + ty])
-        barrier()
-        with T.If(ty == 0), T.Then():
-            state[0], state[1] = float32(LEAST), float32(0)
-            for e in range(lanes):
-                sums[e] = float32(0)
-            with T.serial(0, rows) as r:
-                state[0] = tirx.max(state[0], states[r])
-            with T.serial(0, rows) as r:
-                factor[0] = tirx.exp2(states[r] - state[0])
-                state[1] = state[1] + factor[0] * states[rows + r]
-                read = load_vectors(lambda at: of_rows[at], r * dim + tx * lanes, lanes, lanes)
-                for e, value in enumerate(read):
-                    sums[e] = sums[e] + factor[0] * value
-            inverse = kept(tirx.if_then_else(chunks > 0, 1.0 / state[1], float32(0)), "float32")
-            for e in range(lanes):
-                T.buffer_store(out, cast(shape.dtype, sums[e] * inverse, 1), [i, head, tx * lanes + e])
-            with T.If(tx == 0), T.Then():
-                full = tirx.if_then_else(chunks > 0, state[0] + tirx.log2(state[1]), float32(LOWEST))
-                T.buffer_store(lse, full, [i, head])

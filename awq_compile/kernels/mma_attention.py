@@ -11,30 +11,29 @@ Products are those of `mma.m16n8k16`: a warp has 16 rows, lane l = 4 g + t of it
 as they lie, the operand p of the second product: a float16 and, as a second operand, what that leaves out, so that p is
 as good as in float32 and `out` is rounded once.
 
-Sequence i, with the rows G q_indptr[i] … G q_indptr[i + 1] - 1, has the tiles from ⌊G q_indptr[i] / R⌋ + i on, R rows
-each: those of neighbours never meet, and the host knows a bound of their number. Later tiles see more keys and start
-first.
+`attention.sequence_at` says which sequence a block's tile is of. Later tiles see more keys and start first.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, Final
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.kernels.cpu_attention import (
+from awq_compile.kernels.attention import (
     LEAST,
     LOWEST,
     AttentionShape,
+    Call,
+    Pages,
+    Ragged,
     attention_function,
     float32,
-    int32_view,
-    length_of,
-    page_arguments,
-    rope_arguments,
+    paged_call,
+    ragged_call,
+    sequence_at,
 )
 from awq_compile.kernels.mma_weights import call, local, pointer, zeros
 from awq_compile.kernels.simd import cast, ramp
@@ -56,88 +55,21 @@ def supports(shape: AttentionShape) -> bool:
 
 def ragged_prefill(shape: AttentionShape, name: str) -> Any:
     """The PrimFunc: q (n, Hq, D) against the k and v (m, Hkv, D) of the same call → out (n, Hq, D), lse (n, Hq)."""
-    n, m, b = tirx.Var("n", "int32"), tirx.Var("m", "int32"), tirx.Var("b", "int32")
     with attention_function(name) as builder:
-        q = T.arg("q", T.buffer((n, shape.heads, shape.head_dim), shape.dtype))
-        q_indptr = int32_view("q_indptr", b + 1)
-        k = T.arg("k", T.buffer((m, shape.kv_heads, shape.head_dim), shape.dtype))
-        v = T.arg("v", T.buffer((m, shape.kv_heads, shape.head_dim), shape.dtype))
-        kv_indptr = int32_view("kv_indptr", b + 1)
-        int32_view("q_rope_position", n)
-        int32_view("k_rope_pos_offset", b)
-        _attend(shape, q, q_indptr, n, b, _Ragged(shape, k, v, kv_indptr))
+        _attend(shape, *ragged_call(shape))
     return builder.get()
 
 
 def paged_prefill(shape: AttentionShape, name: str) -> Any:
     """The PrimFunc: q (n, Hq, D) against the pages (P, 2, Hkv, page, D) of their sequences → out (n, Hq, D), lse."""
-    n, b = tirx.Var("n", "int32"), tirx.Var("b", "int32")
     with attention_function(name) as builder:
-        q = T.arg("q", T.buffer((n, shape.heads, shape.head_dim), shape.dtype))
-        q_indptr = int32_view("q_indptr", b + 1)
-        pages, page_indptr, page_values, length_info = page_arguments(shape, b)
-        int32_view("k_rope_pos_offset", b)
-        int32_view("q_rope_position", n)
-        _attend(shape, q, q_indptr, n, b, _Paged(shape, pages, page_indptr, page_values, length_info))
+        _attend(shape, *paged_call(shape))
     return builder.get()
 
 
-@dataclass(frozen=True)
-class _Ragged:
-    """Keys and values that lie one behind the other."""
-
-    shape: AttentionShape
-    k: Buffer
-    v: Buffer
-    indptr: Buffer
-
-    def length(self, i: Expr) -> Expr:
-        """Positions of sequence i."""
-        return self.indptr[i + 1] - self.indptr[i]
-
-    def prepare(self, i: Expr, position: Expr) -> Expr:
-        """What is read of a position before its key and value: nothing, and it is theirs."""
-        return self.indptr[i] + position
-
-    def place(self, prepared: Expr, position: Expr, head: Expr, element: Expr, part: int) -> Expr:
-        """Address of an element of the key (part 0) or the value."""
-        offset = (prepared * self.shape.kv_heads + head) * self.shape.head_dim + element
-        return (self.v if part else self.k).access_ptr("r", offset=offset)
-
-
-@dataclass(frozen=True)
-class _Paged:
-    """Keys and values in the pages of a cache."""
-
-    shape: AttentionShape
-    pages: Buffer
-    page_indptr: Buffer
-    page_values: Buffer
-    length_info: Buffer
-
-    def length(self, i: Expr) -> Expr:
-        """Positions of sequence i."""
-        return length_of(self.shape, self.page_indptr, self.length_info, i)
-
-    def prepare(self, i: Expr, position: Expr) -> Expr:
-        """The page of a position."""
-        return self.page_values[self.page_indptr[i] + tirx.floordiv(position, self.shape.page)]
-
-    def place(self, prepared: Expr, position: Expr, head: Expr, element: Expr, part: int) -> Expr:
-        """As of `_Ragged`."""
-        row = (tirx.Cast("int64", prepared) * 2 + part) * self.shape.kv_heads + head  # a cache may be large
-        row = row * self.shape.page + tirx.floormod(position, self.shape.page)
-        return self.pages.access_ptr("r", offset=row * self.shape.head_dim + element)
-
-
-def _attend(shape: AttentionShape, q: Buffer, q_indptr: Buffer, n: Expr, b: Expr, source: _Ragged | _Paged) -> None:
-    """The remaining arguments, and the kernel: a block for a tile of rows of one sequence and key/value head."""
-    out = T.arg("out", T.buffer((n, shape.heads, shape.head_dim), shape.dtype))
-    lse = T.arg("lse", T.buffer((n, shape.heads), "float32"))
-    causal = T.arg("causal", tirx.Var("causal", "int32"))
-    rope_arguments()
-    sm_scale = T.arg("sm_scale", tirx.Var("sm_scale", "float32"))
-    slots = T.bind(tirx.floordiv(n * shape.group, _TILE) + b)
+def _attend(shape: AttentionShape, of: Call, source: Ragged | Pages) -> None:
+    """A block for a tile of rows of one sequence and key/value head."""
+    slots = T.bind(tirx.floordiv(of.n * shape.group, _TILE) + of.b)
     with (
         T.launch_thread("blockIdx.x", slots) as bx,
         T.launch_thread("blockIdx.y", shape.kv_heads) as head,
@@ -145,26 +77,21 @@ def _attend(shape: AttentionShape, q: Buffer, q_indptr: Buffer, n: Expr, b: Expr
         T.launch_thread("threadIdx.y", _WARPS) as warp,
     ):
         slot = kept(slots - 1 - bx)
-        sequence = Registers(1, "int32")
-        sequence[0] = tirx.const(0, "int32")
-        with T.serial(1, b) as other:  # its place is not beyond `slot`
-            begins = q_indptr[other] * shape.group < (slot - other + 1) * _TILE
-            sequence[0] = sequence[0] + tirx.Cast("int32", begins)
-        i = sequence[0]
-        begin = kept(q_indptr[i])
-        tokens = kept(q_indptr[i + 1] - begin)
+        i = sequence_at(slot, of.q_indptr, of.b, scale=shape.group, per_place=_TILE)
+        begin = kept(of.q_indptr[i])
+        tokens = kept(of.q_indptr[i + 1] - begin)
         first = kept((slot - i - tirx.truncdiv(begin * shape.group, _TILE)) * _TILE)
         length = kept(source.length(i))
-        tile = _Tile(shape, begin, tokens, first, length, causal, head, lane, warp)
+        tile = _Tile(shape, begin, tokens, first, length, of.causal, head, lane, warp)
         keys = _Keys(shape, source, i, length, head, kept(warp * 32 + lane))
         tiles = kept(tirx.truncdiv(tile.seen() + (keys.count - 1), keys.count))
-        scale = kept(sm_scale * math.log2(math.e), "float32")
+        scale = kept(of.sm_scale * math.log2(math.e), "float32")
         state = _State(shape, keys.count)
         with T.If(tiles > 0), T.Then():
             keys.prepare(0)
             keys.load(0, 0)
             keys.prepare(1)
-            tile.load(q, state.q)
+            tile.load(of.q, state.q)
         call("awq_cp_async_commit")
         with T.serial(0, tiles) as number:
             with T.If(number + 1 < tiles), T.Then():
@@ -180,7 +107,7 @@ def _attend(shape: AttentionShape, q: Buffer, q_indptr: Buffer, n: Expr, b: Expr
             state.weigh(scale)
             state.add(keys, base, lane)
             barrier()  # and is not read any more
-        state.finish(tile, out, lse, scale)
+        state.finish(tile, of.out, of.lse, scale)
 
 
 class _Tile:
@@ -244,7 +171,7 @@ class _Keys:
     """
 
     def __init__(
-        self, shape: AttentionShape, source: _Ragged | _Paged, i: Expr, length: Expr, head: Expr, thread: Expr
+        self, shape: AttentionShape, source: Ragged | Pages, i: Expr, length: Expr, head: Expr, thread: Expr
     ) -> None:
         self._shape, self._source, self._i, self._length, self._head = shape, source, i, length, head
         self.count: Final = 64 if shape.head_dim <= 128 else 32
@@ -259,7 +186,7 @@ class _Keys:
             inside = tirx.min(at, total - 1)
             row, element = kept(tirx.truncdiv(inside, pieces)), kept(tirx.truncmod(inside, pieces) * _PIECE)
             self._pieces.append((row, element, start + threads <= total, at < total))
-        self._prepared = Registers(len(self._pieces), "int32")
+        self._entries = Registers(len(self._pieces), "int32")
 
     def _position(self, number: Expr, row: Expr) -> Expr:
         """Of a tile's row: memory behind the last position may hold anything, even NaN."""
@@ -268,7 +195,7 @@ class _Keys:
     def prepare(self, number: Expr) -> None:
         """Reads where the next tile to be loaded lies."""
         for piece, (row, *_) in enumerate(self._pieces):
-            self._prepared[piece] = self._source.prepare(self._i, self._position(number, row))
+            self._entries[piece] = self._source.entry(self._i, self._position(number, row))
 
     def load(self, number: Expr, stage: Expr) -> None:
         """Starts to copy a tile."""
@@ -276,7 +203,7 @@ class _Keys:
             position = T.bind(self._position(number, row))
             with branch(mine, always=always):
                 for part in range(2):
-                    place = self._source.place(self._prepared[piece], position, self._head, element, part)
+                    place = self._source.address(self._entries[piece], position, self._head, element, part)
                     to = stage * self.size + (part * self.count + row) * self.row + element
                     call("awq_cp_async_16", pointer(self.memory, to), place)
 

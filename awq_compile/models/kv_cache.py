@@ -14,7 +14,7 @@ from tvm.target import Target
 from tvm.target.codegen import target_has_features
 
 from awq_compile.kernels import cpu_attention, gpu_attention, mma_attention
-from awq_compile.kernels.cpu_attention import AttentionShape
+from awq_compile.kernels.attention import AttentionShape
 from awq_compile.kernels.merge_state import merge_state
 from awq_compile.limits import DEFAULT_PAGE, CompileOptions
 from awq_compile.models.config import ModelConfig

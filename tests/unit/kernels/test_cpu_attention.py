@@ -12,7 +12,7 @@ import tvm
 from helpers_build import cpu_target
 
 from awq_compile.kernels import cpu_attention
-from awq_compile.kernels.cpu_attention import AttentionShape
+from awq_compile.kernels.attention import AttentionShape
 
 SCALE = 0.125
 SHAPES = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from awq_compile.errors import CompileError
-from awq_compile.kernels.cpu_attention import AttentionShape
+from awq_compile.kernels.attention import AttentionShape
 from awq_compile.kernels.gpu_attention import _Plan, paged_decode
 from awq_compile.schedules import DecodeAttentionSchedule
 from awq_compile.targets import resolve_target

@@ -9,7 +9,7 @@ import helpers_kernels as hk
 import numpy as np
 import pytest
 
-from awq_compile.kernels.cpu_attention import AttentionShape
+from awq_compile.kernels.attention import AttentionShape
 from awq_compile.kernels.mma_attention import paged_prefill, ragged_prefill, supports
 from awq_compile.targets.gpu import has_tensor_cores
 from awq_compile.verify.case import arrays_after, call_arguments, judge
