@@ -98,6 +98,11 @@ class SimtGemvSchedule:
         return self.k_threads * self.row_groups
 
     @property
+    def in_place(self) -> bool:
+        """Whether x is shifted, exactly, and not each code: x is shared by `rows`, a code by `batch`."""
+        return self.rows > self.batch and not self.magic
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of the reduction."""
         by_shuffles = self.k_threads == 1 or (self.subgroup and self.subgroup % self.k_threads == 0)

@@ -49,7 +49,8 @@ class HardwareLimits:
 class GpuTemplates:
     """The untuned schedules of a device; `unit` and `rows` are what its compiler and registers take.
 
-    The first four fields are for few rows and weights in NK, `column` for few rows and weights in KN.
+    The first four fields are for few rows and weights in NK, `column` for few rows and weights in KN, and `float16`,
+    where it is given, for one row and weights in float16.
     """
 
     k_threads: int
@@ -60,6 +61,7 @@ class GpuTemplates:
     gemm: SimtGemmSchedule | MatrixGemmSchedule
     column: ColumnGemvSchedule
     magic: bool = False
+    float16: SimtGemvSchedule | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,13 @@ class GpuTarget(TargetSpec):
             gemv = replace(t.column, unit=32 if three else t.column.unit, magic=t.magic).fit(problem.n)
             small = replace(gemv, batch=t.small_batch)
         else:
-            gemv = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
-            small = replace(gemv, batch=t.small_batch, unit=32 if three else min(unit, 16))
+            simt = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
+            if t.float16 is not None and not isinstance(problem.spec, QuantSpec):
+                simt = t.float16
+            while simt.k_threads * simt.unit >= 2 * problem.k:  # half the threads would have nothing of a row
+                simt = replace(simt, k_threads=simt.k_threads // 2, row_groups=simt.row_groups * 2)
+            gemv = simt
+            small = replace(simt, batch=t.small_batch, unit=32 if three else min(simt.unit, 16))
         gemm = _fitted(t.gemm, problem.k, 32 if three else t.gemm.unit)
         chosen = LinearSchedule(gemv, small, gemm)
         self.check(problem, chosen)

@@ -6,6 +6,7 @@ units of K: s (sum q x - z sum x), float32. See `simt.sum_over_threads` for the 
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from tvm import tirx
@@ -28,7 +29,7 @@ def emit_simt_gemv(args: LinearArgs, schedule: SimtGemvSchedule, max_rows: int) 
     pairs = problem.epilogue.activation == "silu_mul"
     outputs = max(schedule.rows // 2, 1) if pairs else schedule.rows
     per_block = outputs * schedule.row_groups
-    reader = ThreadReader(problem.spec, schedule.unit, schedule.magic)
+    reader = ThreadReader(problem.spec, schedule.unit, schedule.magic, schedule.in_place)
     units = problem.k // schedule.unit
     tiles = -(-max_rows // batch)
     with (
@@ -95,14 +96,17 @@ def _accumulate(
             totals[m] = xs[m][0]
             for element in range(1, size):
                 totals[m] = totals[m] + xs[m][element]
+    for m, element in product(range(batch), range(size)):
+        if place := reader.place(element):
+            xs[m][element] = xs[m][element] * 2.0**-place
     parts, decoded = Registers(batch), Registers(1)
     for r, row in enumerate(weight_rows):
         words = reader.load(lambda at, row=row: args.weight[args.codes][row, at], unit)  # type: ignore[misc]
         for element in range(size):
             decoded[0] = reader.value(words, element)
             for m in range(batch):
-                product = decoded[0] * xs[m][element]
-                parts[m] = parts[m] + product if element else product
+                term = decoded[0] * xs[m][element]
+                parts[m] = parts[m] + term if element else term
         if isinstance(spec, QuantSpec):
             group = start // spec.group
             scale, shift = args.scale_and_shift(lambda name, row=row, g=group: args.weight[name][row, g], 1)  # type: ignore[misc]

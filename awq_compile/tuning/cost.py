@@ -174,7 +174,10 @@ def _gpu_gemv(p: MatmulProblem, rows: int, s: SimtGemvSchedule | ColumnGemvSched
     coalesced = run / (math.ceil(run / _SECTOR) * _SECTOR)
     memory = tiles * least_bytes(p, rows) / (roof.bytes_per_second * coalesced * min(1.0, 2 * occupancy))
     # Per weight: decoding, a multiply-add for each row of x; x is loaded, widened and summed once for all rows of W.
-    per_weight = _decode(p, s.magic) + s.batch + 3 * s.batch / per_thread + 8 / s.unit
+    of_code, of_x = _decode(p, s.magic), 3.0
+    if isinstance(s, SimtGemvSchedule) and s.in_place and not isinstance(p.spec, Float16Spec):
+        of_code, of_x = of_code - 1, of_x + 1
+    per_weight = of_code + s.batch + of_x * s.batch / per_thread + 8 / s.unit
     weights = p.weight_rows * p.k * tiles
     idle = math.ceil(p.k / (along_k * s.unit)) * along_k * s.unit / p.k
     sums = blocks * s.threads * per_thread * s.batch * math.log2(max(along_k, 2)) * (2 if s.shared_bytes else 1)

@@ -41,7 +41,7 @@ TEMPLATES: Final[dict[str, type[Schedule]]] = {
 
 # Raised whenever a change of a template in `kernels/` may change which of its schedules is the fastest, or what
 # a field means: records of another version are not used.
-VERSIONS: Final = dict.fromkeys(TEMPLATES, 1) | {"matrix_gemv": 4, "staged_matrix": 3, "warpgroup": 4}
+VERSIONS: Final = dict.fromkeys(TEMPLATES, 1) | {"simt_gemv": 2, "matrix_gemv": 4, "staged_matrix": 3, "warpgroup": 4}
 
 _FEW_ROWS_TEMPLATES: Final = ("simd_gemv", "simt_gemv", "column_gemv")  # of the buckets `problem.FEW_ROWS`
 ANY_ROWS: Final = ("matrix_gemv",)

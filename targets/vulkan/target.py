@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule, SimtGemvSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
 from awq_compile.targets.link import library_suffix, llvm_triple
 
@@ -22,12 +22,15 @@ def _limits(max_threads: int, shared_kib: int, registers: int, source: str) -> H
 _DESKTOP: Final = GpuTemplates(
     32, 4, 2, 32, 4, SimtGemmSchedule(32, 64, 32, 4, 4, 8), ColumnGemvSchedule(32, 8, 1, unit=8)
 )
+# By `scripts/bench_vulkan_linears build --sweep` on an H200, docs/performance.md. x is prepared once for 8 rows, or
+# instructions would bound INT4; float16 weights need none, but loads that lie side by side.
+_NVIDIA: Final = replace(_DESKTOP, k_threads=64, row_groups=2, rows=8, float16=SimtGemvSchedule(32, 4, 2, 8))
 _PHONE: Final = GpuTemplates(
     32, 4, 2, 8, 4, SimtGemmSchedule(32, 32, 32, 4, 4, 8), ColumnGemvSchedule(64, 4, 1, unit=8)
 )
 _GPUS: Final = {
     "": (_limits(256, 32, 128, f"{_REPORTS}: the least among current drivers of desktop and phone GPUs"), _DESKTOP),
-    "nvidia": (_limits(1024, 48, 255, f"{_REPORTS}, NVIDIA"), _DESKTOP),
+    "nvidia": (_limits(1024, 48, 255, f"{_REPORTS}, NVIDIA"), _NVIDIA),
     "amd": (_limits(1024, 64, 255, f"{_REPORTS}, RADV and AMDVLK"), _DESKTOP),
     "intel": (_limits(1024, 32, 128, f"{_REPORTS}, ANV and Windows"), _DESKTOP),
     "adreno": (_limits(512, 32, 64, f"{_REPORTS}, Adreno 6xx and later"), _PHONE),
