@@ -221,10 +221,9 @@ def lowered_module(context: CompileContext) -> Any:
 
     from awq_compile.models.decoder import export_decoder
 
-    options = context.options
-    target = tvm.target.Target(context.target.tvm_target)
-    module, _ = export_decoder(context.config, options, context.target.dtype, target)
-    with target:
+    options, target = context.options, context.target
+    module, _ = export_decoder(context.config, options, target.dtype, target)
+    with tvm.target.Target(target.tvm_target):
         # Schedules are applied to a module of our own: TVM's rules change the one they are given.
         return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(with_bounds(module, options))
 

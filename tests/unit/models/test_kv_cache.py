@@ -5,7 +5,6 @@ from __future__ import annotations
 import helpers_kernels as hk
 import numpy as np
 import pytest
-import tvm
 from helpers_models import DEMO
 
 from awq_compile.limits import CompileOptions
@@ -22,8 +21,7 @@ MERGE = "tir_attention_merge_state"
 def test_merging_attention_states_does_not_race(name: str) -> None:
     """Runs the exported kernel on threads in any order: TVM's reads the sums while others overwrite them."""
     config, rng = read_config(DEMO), np.random.default_rng(2)
-    target = tvm.target.Target(resolve_target(name).tvm_target)
-    module, _ = export_decoder(config, CompileOptions(64), "float16", target)
+    module, _ = export_decoder(config, CompileOptions(64), "float16", resolve_target(name))
     kernels = [f for var, f in module.functions.items() if var.name_hint.startswith(MERGE)]
     assert len(kernels) == 1
     rows, heads, dim = 5, config.num_heads, config.head_dim
