@@ -218,19 +218,18 @@ class _PageOf:
     head: Expr
 
     def places(self, positions: list[Expr]) -> list[tuple[Expr, Expr]]:
-        """(page, position within it) of each. All page numbers are asked for before the first load needs one."""
+        """`Pages.place` of each. All page numbers are asked for before the first load needs one."""
         found = []
         for position in positions:
             p = kept(tirx.min(position, self.positions - 1))
-            page = self.source.values[self.first_page + tirx.floordiv(p, self.source.shape.page)]
-            # A layer's cache may have more than 2^31 elements.
-            found.append((kept(tirx.Cast("int64", page), "int64"), tirx.floormod(p, self.source.shape.page)))
+            page, within = self.source.place(self.source.page(self.first_page, p), p)
+            found.append((kept(page, "int64"), within))
         return found
 
     def load(self, part: int, place: tuple[Expr, Expr], column: Expr, into: Buffer, first: int, lanes: int) -> None:
         """`lanes` elements from `column` on, of the key (part 0) or value (1) at a place."""
-        page, p = place
-        loaded = self.source.memory[page, part, self.head, p, ramp(column, lanes)]
+        page, within = place
+        loaded = self.source.memory[page, part, self.head, within, ramp(column, lanes)]
         T.buffer_store(into, loaded, [ramp(first, lanes)])
 
 
