@@ -12,7 +12,8 @@ import pytest
 
 from awq_compile.errors import CompileError
 from awq_compile.kernels.attention import AttentionShape
-from awq_compile.kernels.gpu_attention import _Plan, paged_decode
+from awq_compile.kernels.decode_plan import DecodePlan
+from awq_compile.kernels.gpu_attention import paged_decode
 from awq_compile.schedules import DecodeAttentionSchedule
 from awq_compile.targets import resolve_target
 from awq_compile.targets.gpu import GpuTarget
@@ -116,11 +117,11 @@ def test_shared_memory_bounds_the_heads_of_a_block() -> None:
     shape = AttentionShape(8, 1, 256, "float16")
     for name, group in (("opencl", 4), ("cuda:sm_90", 4)):
         target = gpu(name)
-        plan = _Plan.of(shape, target.decode_attention)
+        plan = DecodePlan.of(shape, target.decode_attention)
         assert plan.group == group
         assert plan.shared_bytes(plan.together) <= target.limits.shared_bytes
     with pytest.raises(CompileError, match=r"takes \d+ bytes of shared memory, and there are 2048"):
-        _Plan.of(shape, replace(SMALL, shared_bytes=2048))
+        DecodePlan.of(shape, replace(SMALL, shared_bytes=2048))
 
 
 def test_large_scores() -> None:
