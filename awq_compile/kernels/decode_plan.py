@@ -117,3 +117,12 @@ class DecodePlan:
     def workspace_floats(self, slots: Expr) -> Expr:
         """Floats for so many slots, a number or an expression."""
         return (slots + (_SLOTS - 1)) // _SLOTS * _SLOTS * Partial.floats(self.shape)
+
+    def workspace_bytes(self, sequences: int, pages: int) -> int:
+        """The most for so many sequences of so many pages in all.
+
+        P pages make P // most_pages slots, those of shorter chunks at most P and blocks // blocks_of_chunk; and one
+        more a sequence.
+        """
+        shorter = min(pages, self.schedule.blocks // self.blocks_of_chunk)
+        return int(4 * self.workspace_floats(max(pages // self.most_pages, shorter) + sequences))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,14 @@ from tvm.target.codegen import target_has_features
 
 from awq_compile.kernels import cpu_attention, gpu_attention, mma_attention
 from awq_compile.kernels.attention import AttentionShape
+from awq_compile.kernels.decode_plan import DecodePlan
 from awq_compile.kernels.merge_state import merge_state
 from awq_compile.limits import DEFAULT_PAGE, CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.gpu import GpuTarget
+
+ATTENTION: Final = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
 
 
 class KVCache(Object):  # type: ignore[misc]
@@ -29,7 +32,7 @@ class KVCache(Object):  # type: ignore[misc]
         """Rotates q and k, appends k and v, attends: qkv (M, Hq + 2*Hkv, D) → (M, Hq, D)."""
         rows, _, head_dim = qkv.shape
         call = relax.call_dps_packed(
-            "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
+            ATTENTION,
             [self._expr, relax.prim_value(layer), relax.prim_value(scale), qkv._expr],
             out_ty=relax.TensorType((rows, heads, head_dim), qkv.dtype),
         )
@@ -94,6 +97,19 @@ def create_kv_cache(
     return KVCache(_expr=create, _name="paged_kv_cache")
 
 
+def attention_workspace_bytes(config: ModelConfig, target: TargetSpec, sizes: CompileOptions) -> int:
+    """The most that the cache's kernels take from TVM's runtime: ours for decoding does, on GPUs without a window."""
+    if not isinstance(target, GpuTarget) or sizes.sliding_window_size is not None:
+        return 0
+    plan = DecodePlan.of(_gpu_shape(config, target.dtype, sizes), target.decode_attention)
+    pages_of_sequence = -(-sizes.cached_tokens // sizes.page_size)
+    return plan.workspace_bytes(sizes.max_batch_size, sizes.max_batch_size * pages_of_sequence)
+
+
+def _gpu_shape(c: ModelConfig, dtype: str, sizes: CompileOptions) -> AttentionShape:
+    return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, dtype, page=sizes.page_size)
+
+
 def _lanes(target: Target) -> int:
     """Floats in a vector register."""
     return next(
@@ -155,7 +171,7 @@ class _Kernels:
         """
         c, t, page, dtype, target = self.config, tvm_kernels, self.sizes.page_size, self.dtype, self.target
         heads, kv_heads, dim, scaling = c.num_heads, c.num_kv_heads, c.head_dim, _rope_scaling(c)
-        attend, shape = (kv_heads, heads, dim, dtype), AttentionShape(heads, kv_heads, dim, dtype, page=page)
+        attend, shape = (kv_heads, heads, dim, dtype), _gpu_shape(c, dtype, self.sizes)
         rotary = t.llama_rope_with_position_map(c.rope_theta, 1, dim, heads, kv_heads, dtype, scaling, dim)
         return [
             *self._appending(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import helpers_kernels as hk
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from helpers_models import DEMO
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import read_config
 from awq_compile.models.decoder import export_decoder
+from awq_compile.models.kv_cache import attention_workspace_bytes
 from awq_compile.targets import resolve_target
 from awq_compile.verify.executors.simt import SimtExecutor
 
@@ -35,3 +38,16 @@ def test_merging_attention_states_does_not_race(name: str) -> None:
     hk.run(hk.build(kernels[0], "cuda"), SimtExecutor(), MERGE, [v, s, other, s_other])
     np.testing.assert_allclose(v.astype(np.float64), merged, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(s, sums, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_attention_takes_from_the_runtime() -> None:
+    """On GPUs that of decoding, for full sequences; TVM's kernels for sliding windows take none, nor do CPUs' any."""
+    config, options = read_config(DEMO), CompileOptions(4096, max_batch_size=4)
+    # 1024 pages in chunks of 32, or shorter ones in the 264 blocks of two heads; and one more for each sequence.
+    slots = 192
+    assert slots - 64 < max(1024 // 32, 264 // 2) + 4 <= slots
+    of_slot = config.num_heads * (config.head_dim + 4) * 4
+    assert attention_workspace_bytes(config, resolve_target("cuda:sm_80"), options) == slots * of_slot
+    assert attention_workspace_bytes(config, resolve_target("cpu"), options) == 0
+    sliding = replace(options, sliding_window_size=1024)
+    assert attention_workspace_bytes(config, resolve_target("cuda:sm_80"), sliding) == 0
