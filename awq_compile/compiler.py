@@ -172,6 +172,7 @@ def compile_library(
     import tvm
     from tvm import relax
 
+    from awq_compile.models.kv_cache import attention_workspace_bytes
     from awq_compile.passes.capture_graphs import check_captured
     from awq_compile.passes.memory_usage import memory_usage
     from awq_compile.passes.prefix_symbols import PrefixSymbols
@@ -193,7 +194,7 @@ def compile_library(
         if target.has_device_code:
             module = tvm.transform.Sequential(device_passes())(module)
         planned = tvm.transform.Sequential(plan_passes(context.captured))(module)
-        memory = memory_usage(planned)
+        memory = memory_usage(planned, attention=attention_workspace_bytes(config, target, options))
         planned["_metadata"] = _metadata_function(context, memory)
         final = tvm.transform.Sequential(vm_passes())(planned)
         if target.system_lib:
@@ -221,10 +222,9 @@ def lowered_module(context: CompileContext) -> Any:
 
     from awq_compile.models.decoder import export_decoder
 
-    options = context.options
-    target = tvm.target.Target(context.target.tvm_target)
-    module, _ = export_decoder(context.config, options, context.target.dtype, target)
-    with target:
+    options, target = context.options, context.target
+    module, _ = export_decoder(context.config, options, target.dtype, target)
+    with tvm.target.Target(target.tvm_target):
         # Schedules are applied to a module of our own: TVM's rules change the one they are given.
         return tvm.transform.Sequential([*quantize_passes(context), *lower_passes()])(with_bounds(module, options))
 

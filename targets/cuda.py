@@ -25,6 +25,7 @@ from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import (
     ColumnGemvSchedule,
+    DecodeAttentionSchedule,
     LinearSchedule,
     MatrixGemmSchedule,
     MatrixGemvSchedule,
@@ -54,6 +55,19 @@ _LIMITS: Final = HardwareLimits(
     registers=255,
     arguments=512,
     source="NVIDIA CUDA C++ Programming Guide, 'Technical Specifications per Compute Capability', 7.5 to 12.0",
+)
+
+# Two blocks for each of an H200's 132 multiprocessors; the rest is by a sweep there, `docs/performance.md`.
+_DECODE_ATTENTION: Final = DecodeAttentionSchedule(
+    threads=256,
+    key_threads=4,
+    keys=2,
+    values=4,
+    vector_bytes=16,
+    positions=512,
+    blocks=264,
+    subgroup=_LIMITS.subgroup,
+    shared_bytes=_LIMITS.shared_bytes,
 )
 
 
@@ -297,6 +311,8 @@ def cuda_target(argument: str, host: str) -> CudaTarget:
         runs_here=False,
         limits=_LIMITS,
         templates=_templates(archs[0]),
+        decode_attention=_DECODE_ATTENTION,
+        mma_attention=_mma_k(archs[0]) == 16,
         archs=archs,
     )
 

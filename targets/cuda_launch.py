@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel starts while the one before it in the stream still runs, and waits for it.
 
-A kernel that calls `awq_grid_wait` asks for it. Our own read weights before it; TVM's get it as their first statement
-and save the time of a launch. TVM's runtime launches so what has `TAG` among its launch tags (its spelling); the tag
-takes no argument, and the one of dynamic shared memory stays last. From compute capability 9.0 on.
+A kernel that calls `awq_grid_wait` asks for it, `mma_gemv` and `wgmma_gemm` behind their first reads of weights. What
+does not call it, of ours and of TVM's, gets it as its first statement and saves the time of a launch. TVM's runtime
+launches so what has `TAG` among its launch tags (its spelling); the tag takes no argument, and the one of dynamic
+shared memory stays last. From compute capability 9.0 on.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -66,10 +65,20 @@ class GpuTemplates:
 
 @dataclass(frozen=True)
 class GpuTarget(TargetSpec):
-    """A GPU: activations, KV cache and arithmetic inputs in float16, sums in float32."""
+    """A GPU: activations, KV cache and arithmetic inputs in float16, sums in float32.
+
+    `mma_attention`: new tokens attend by `kernels.mma_attention`, which takes `mma.m16n8k16` and asynchronous copies.
+    """
 
     limits: HardwareLimits
     templates: GpuTemplates
+    decode_attention: DecodeAttentionSchedule
+    mma_attention: bool
+
+    def __post_init__(self) -> None:
+        limits, attention = self.limits, self.decode_attention
+        assert attention.threads <= limits.max_threads and attention.shared_bytes <= limits.shared_bytes, self
+        assert attention.subgroup in (0, limits.subgroup), self
 
     @property
     def block_threads(self) -> int:
@@ -135,41 +144,20 @@ def tvm_limits(limits: HardwareLimits) -> dict[str, object]:
     }
 
 
-def attention_schedule(kind: str, limits: Mapping[str, int]) -> DecodeAttentionSchedule:
-    """Of attention in a step of decoding, by the kind of a TVM target and its `tvm_limits`.
+def decode_attention(limits: HardwareLimits, vector_bytes: int = 16) -> DecodeAttentionSchedule:
+    """Untuned: blocks that a phone's GPU takes, as many as keep a desktop's busy, and loads of at most `vector_bytes`.
 
-    CUDA: two blocks for each of an H200's 132 multiprocessors; the rest is by a sweep there, `docs/performance.md`.
-    Elsewhere blocks that a phone's GPU takes, and as many as keep a desktop's busy; 16 bytes are the widest load, but
-    in Metal, whose vectors have four elements. Two blocks share a core's memory where heads are of the common sizes.
+    Two blocks share a core's memory where heads are of the common sizes.
     """
-    subgroup, shared = int(limits.get("thread_warp_size", 1)), int(limits.get("max_shared_memory_per_block", 16 << 10))
-    subgroup = subgroup if subgroup > 1 else 0
-    if kind == "cuda":
-        return DecodeAttentionSchedule(
-            threads=256,
-            key_threads=4,
-            keys=2,
-            values=4,
-            vector_bytes=16,
-            positions=512,
-            blocks=264,
-            subgroup=subgroup,
-            shared_bytes=shared,
-        )
     return DecodeAttentionSchedule(
-        threads=min(128, int(limits["max_num_threads"])),
+        threads=min(128, limits.max_threads),
         key_threads=8,
         keys=1,
         values=4,
-        vector_bytes=8 if kind == "metal" else 16,
+        vector_bytes=vector_bytes,
         positions=256,
         blocks=128,
-        subgroup=subgroup,
-        shared_bytes=shared,
+        subgroup=limits.subgroup,
+        shared_bytes=limits.shared_bytes,
         sums=1,
     )
-
-
-def has_tensor_cores(tvm_target: Mapping[str, object]) -> bool:
-    """Whether a TVM target's attributes promise `mma.m16n8k16` and asynchronous copies: CUDA from sm_80 on."""
-    return tvm_target["kind"] == "cuda" and int(str(tvm_target["arch"]).removeprefix("sm_")) >= 80

@@ -6,7 +6,7 @@ from typing import Final
 
 from awq_compile.errors import UsageError
 from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
-from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
+from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, decode_attention, tvm_limits
 
 _LIMITS: Final = HardwareLimits(
     max_threads=1024,
@@ -51,4 +51,6 @@ def metal_target(argument: str, host: str) -> GpuTarget:
         runs_here=False,
         limits=_LIMITS,
         templates=_TEMPLATES,
+        decode_attention=decode_attention(_LIMITS, vector_bytes=8),  # vectors have four elements
+        mma_attention=False,
     )

@@ -10,7 +10,7 @@ from typing import Final
 
 from awq_compile.errors import UsageError
 from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
-from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
+from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, decode_attention, tvm_limits
 from awq_compile.targets.link import library_suffix, llvm_triple
 
 _GENERIC: Final = HardwareLimits(
@@ -94,4 +94,6 @@ def _make(name: str, host: str, limits: HardwareLimits, gpu: str, scheme: str, *
         runs_here=False,
         limits=limits,
         templates=_TEMPLATES[gpu],
+        decode_attention=decode_attention(limits),
+        mma_attention=False,
     )

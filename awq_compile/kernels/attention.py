@@ -106,14 +106,22 @@ class Pages:
         pages = self.indptr[i + 1] - self.indptr[i]
         return tirx.Select(pages > 0, (pages - 1) * self.shape.page + self.last[i], tirx.const(0, "int32"))
 
+    def page(self, first: Expr, position: Expr) -> Expr:
+        """The page of a position, counted from the beginning of page values[first] on."""
+        return self.values[first + tirx.floordiv(position, self.shape.page)]
+
+    def place(self, page: Expr, position: Expr) -> tuple[Expr, Expr]:
+        """(page, position within it) as indices of `memory`: a layer's cache may have more than 2^31 elements."""
+        return tirx.Cast("int64", page), tirx.floormod(position, self.shape.page)
+
     def entry(self, i: Expr, position: Expr) -> Expr:
         """The page of a position; see `address`."""
-        return self.values[self.indptr[i] + tirx.floordiv(position, self.shape.page)]
+        return self.page(self.indptr[i], position)
 
     def address(self, entry: Expr, position: Expr, head: Expr, element: Expr, part: int) -> Expr:
-        """As of `Ragged`. A layer's cache may have more than 2^31 elements."""
-        row = (tirx.Cast("int64", entry) * 2 + part) * self.shape.kv_heads + head
-        row = row * self.shape.page + tirx.floormod(position, self.shape.page)
+        """As of `Ragged`."""
+        page, within = self.place(entry, position)
+        row = ((page * 2 + part) * self.shape.kv_heads + head) * self.shape.page + within
         return self.memory.access_ptr("r", offset=row * self.shape.head_dim + element)
 
 

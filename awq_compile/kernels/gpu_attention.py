@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from awq_compile.errors import CompileError
 from awq_compile.kernels.attention import (
     LEAST,
     AttentionShape,
@@ -32,6 +31,7 @@ from awq_compile.kernels.attention import (
     float32,
     sequence_at,
 )
+from awq_compile.kernels.decode_plan import DecodePlan
 from awq_compile.kernels.merge_chunks import Partial, merge_chunks
 from awq_compile.kernels.simd import cast, ramp
 from awq_compile.kernels.simt import Registers, barrier, branch, kept, load_vectors, sum_over_threads, workspace
@@ -40,8 +40,6 @@ from awq_compile.schedules import DecodeAttentionSchedule
 Expr = Any
 Buffer = Any
 
-_SLOTS: Final = 64  # the workspace grows by so many chunks, for TVM's runtime waits for the device when it does
-
 
 def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name: str) -> Any:
     """The PrimFunc: q (b, Hq, D) against pages (P, 2, Hkv, page, D) → out (b, Hq, D), lse (b, Hq).
@@ -49,15 +47,13 @@ def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name:
     The rotary arguments are ignored: TVM's runtime rotates within attention in caches with a sliding window only, and
     those call another kernel.
     """
-    plan = _Plan.of(shape, schedule)
+    plan = DecodePlan.of(shape, schedule)
     with attention_function(name) as builder:
         call, source = decode_call(shape)
-        b, used = call.b, source.values.shape[0]
-        wanted = tirx.floordiv(used * plan.blocks_of_chunk + (schedule.blocks - 1), schedule.blocks)
-        per_chunk = T.bind(tirx.max(tirx.min(wanted, plan.most_pages), 1))
-        slots = T.bind(tirx.floordiv(used, per_chunk) + b)  # no sequence has a chunk beyond
-        allocated = tirx.floordiv(slots + (_SLOTS - 1), _SLOTS) * _SLOTS
-        partial = Partial(shape, workspace("partial", (allocated * Partial.floats(shape),), "float32"))
+        used = source.values.shape[0]
+        per_chunk = T.bind(plan.pages_of_chunk(used))
+        slots = T.bind(tirx.floordiv(used, per_chunk) + call.b)  # no sequence has a chunk beyond
+        partial = Partial(shape, workspace("partial", (plan.workspace_floats(slots),), "float32"))
         with (
             T.launch_thread("blockIdx.x", slots) as slot,
             T.launch_thread("blockIdx.y", plan.blocks_of_chunk) as by,
@@ -69,88 +65,6 @@ def paged_decode(shape: AttentionShape, schedule: DecodeAttentionSchedule, name:
     return builder.get()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How a schedule fits a shape: `lanes` elements of a load, `columns` loads of a row of D elements."""
-
-    shape: AttentionShape
-    schedule: DecodeAttentionSchedule
-    lanes: int
-    columns: int
-    key_threads: int
-    group: int  # query heads of a block
-
-    @staticmethod
-    def of(shape: AttentionShape, schedule: DecodeAttentionSchedule) -> _Plan:
-        lanes = math.gcd(shape.head_dim, schedule.vector_bytes // (2 if shape.dtype == "float16" else 4))
-        columns = shape.head_dim // lanes
-        if columns > schedule.threads:
-            raise CompileError(
-                f"head_dim {shape.head_dim} has {columns} vectors, more than a block's {schedule.threads} threads"
-            )
-        groups = [n for n in range(schedule.group, 0, -1) if shape.group % n == 0]
-        plans = [_Plan(shape, schedule, lanes, columns, math.gcd(columns, schedule.key_threads), n) for n in groups]
-        for plan in plans:
-            if plan.shared_bytes(1) <= schedule.shared_bytes:
-                return plan
-        raise CompileError(
-            f"attention with head_dim {shape.head_dim} and pages of {shape.page} takes {plans[-1].shared_bytes(1)} "
-            f"bytes of shared memory, and there are {schedule.shared_bytes}"
-        )
-
-    @property
-    def key_rows(self) -> int:
-        """Keys that the block reads side by side."""
-        return self.schedule.threads // self.key_threads
-
-    @property
-    def key_vectors(self) -> int:
-        """Loads of a thread for a key."""
-        return self.columns // self.key_threads
-
-    @property
-    def value_rows(self) -> int:
-        """Values that the block reads side by side; threads beyond them do the last row's work again."""
-        return self.schedule.threads // self.columns
-
-    @property
-    def parts(self) -> int:
-        """Blocks that share a key/value head's query heads."""
-        return self.shape.group // self.group
-
-    @property
-    def blocks_of_chunk(self) -> int:
-        return self.shape.kv_heads * self.parts
-
-    @property
-    def most_pages(self) -> int:
-        """Of a chunk."""
-        return max(1, self.schedule.positions // self.shape.page)
-
-    @property
-    def scores(self) -> int:
-        """Rows of scores: those of a chunk, in whole steps of `value_rows`."""
-        return -(-self.most_pages * self.shape.page // self.value_rows) * self.value_rows
-
-    def shared_bytes(self, together: int) -> int:
-        """Of a block, where the sums of so many query heads meet at a time."""
-        dim, rows = self.shape.head_dim, self.value_rows
-        exchange = 0 if self.shuffles else self.schedule.threads
-        of_head = dim + 2 * self.scores + self.key_rows + rows + 1 + exchange
-        return 4 * (self.group * of_head + together * rows * dim)
-
-    @property
-    def together(self) -> int:
-        """Query heads whose sums meet in shared memory at a time."""
-        most = min(self.schedule.sums, self.group)
-        return next(n for n in range(most, 0, -1) if self.shared_bytes(n) <= self.schedule.shared_bytes)
-
-    @property
-    def shuffles(self) -> bool:
-        """Whether the threads of a key can."""
-        return self.key_threads == 1 or bool(self.schedule.subgroup and self.schedule.subgroup % self.key_threads == 0)
-
-
 def _shared(count: int) -> Buffer:
     return T.alloc_buffer((count,), "float32", scope="shared")
 
@@ -159,7 +73,7 @@ def _shared(count: int) -> Buffer:
 class _Chunk:
     """The first kernel: a block for chunk `slot` and part `by` of the query heads."""
 
-    plan: _Plan
+    plan: DecodePlan
     call: Call
     source: Pages
     partial: Partial
@@ -218,26 +132,25 @@ class _PageOf:
     head: Expr
 
     def places(self, positions: list[Expr]) -> list[tuple[Expr, Expr]]:
-        """(page, position within it) of each. All page numbers are asked for before the first load needs one."""
+        """`Pages.place` of each. All page numbers are asked for before the first load needs one."""
         found = []
         for position in positions:
             p = kept(tirx.min(position, self.positions - 1))
-            page = self.source.values[self.first_page + tirx.floordiv(p, self.source.shape.page)]
-            # A layer's cache may have more than 2^31 elements.
-            found.append((kept(tirx.Cast("int64", page), "int64"), tirx.floormod(p, self.source.shape.page)))
+            page, within = self.source.place(self.source.page(self.first_page, p), p)
+            found.append((kept(page, "int64"), within))
         return found
 
     def load(self, part: int, place: tuple[Expr, Expr], column: Expr, into: Buffer, first: int, lanes: int) -> None:
         """`lanes` elements from `column` on, of the key (part 0) or value (1) at a place."""
-        page, p = place
-        loaded = self.source.memory[page, part, self.head, p, ramp(column, lanes)]
+        page, within = place
+        loaded = self.source.memory[page, part, self.head, within, ramp(column, lanes)]
         T.buffer_store(into, loaded, [ramp(first, lanes)])
 
 
 class _Keys:
     """A thread's part of the keys of its row: vectors tx, tx + key_threads, … of each."""
 
-    def __init__(self, plan: _Plan, page_of: _PageOf, tx: Expr, ty: Expr) -> None:
+    def __init__(self, plan: DecodePlan, page_of: _PageOf, tx: Expr, ty: Expr) -> None:
         self.plan, self.page_of, self.tx, self.ty = plan, page_of, tx, ty
         self.count = plan.schedule.keys
         self.loaded = T.alloc_buffer((self.count * plan.key_vectors * plan.lanes,), plan.shape.dtype, scope="local")
@@ -335,7 +248,7 @@ class _Keys:
 
 
 def _weigh(
-    plan: _Plan, scores: Buffer, highest: Buffer, weights: Buffer, top: Buffer, flat: Expr, positions: Expr
+    plan: DecodePlan, scores: Buffer, highest: Buffer, weights: Buffer, top: Buffer, flat: Expr, positions: Expr
 ) -> None:
     """Weights p of all scores, 0 behind the end, and the highest score of each head into `top`.
 
@@ -364,7 +277,7 @@ def _weigh(
 class _Values:
     """A thread's vector of the values of its rows, and what they add up to for each query head."""
 
-    def __init__(self, plan: _Plan, page_of: _PageOf, flat: Expr) -> None:
+    def __init__(self, plan: DecodePlan, page_of: _PageOf, flat: Expr) -> None:
         self.plan, self.page_of, self.flat = plan, page_of, flat
         self.count = plan.schedule.values
         # A register and its multiple: TVM reads a vector at once where it sees that the place is aligned.

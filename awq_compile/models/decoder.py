@@ -17,13 +17,14 @@ from typing import Any, Final
 from tvm import IRModule, relax, te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
-from tvm.target import Target
 
 from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.gpu_sampling import GpuSampler, inplace_sampler_kernels, samples_on_device
 from awq_compile.models.kv_cache import KVCache, create_kv_cache
 from awq_compile.models.sampling import inplace_kernels, softmax_with_temperature
+from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.cpu import cpu_target
 
 # One token of each sequence: no size but the number of sequences changes from step to step.
 DECODE_FUNCTIONS: Final = (
@@ -128,7 +129,7 @@ def _take_rows(x: Tensor, rows: Tensor) -> Tensor:
 class Decoder(nn.Module):  # type: ignore[misc]
     """Methods are the functions of the library; shapes are those of `_module_spec`."""
 
-    def __init__(self, config: ModelConfig, sizes: CompileOptions, target: Target) -> None:
+    def __init__(self, config: ModelConfig, sizes: CompileOptions, target: TargetSpec) -> None:
         self.config, self.sizes, self.target = config, sizes, target
         self.dtype = "float32"
         self.model = _Model(config)
@@ -253,22 +254,22 @@ def _module_spec(decoder: Decoder) -> nn.spec.ModuleSpec:
 
 
 def export_decoder(
-    config: ModelConfig, sizes: CompileOptions, dtype: str, target: Target | None = None
+    config: ModelConfig, sizes: CompileOptions, dtype: str, target: TargetSpec | None = None
 ) -> tuple[IRModule, list[str]]:
     """The module and the names of its parameters, which are those of `model_parameters`, in its order.
 
-    Weights, hidden states and KV cache are `dtype` (float32 or float16), logits always float32. `target`
-    chooses the kernels of the KV cache only; without one they are for the CPU.
+    Weights, hidden states and KV cache are `dtype` (float32 or float16), logits always float32. `target` chooses the
+    kernels that are PrimFuncs already: the KV cache's, those that write in place, the samplers. Without one they are
+    for this machine's CPU.
     """
-    decoder = Decoder(config, sizes, target or Target("llvm"))
+    decoder = Decoder(config, sizes, target or cpu_target(""))
     decoder.to(dtype)
     module, parameters = decoder.export_tvm(_module_spec(decoder))
     for var, function in list(module.functions.items()):
         if isinstance(function, relax.Function) and len(function.params) == function.attrs["num_input"]:
             # No weights: without the attribute, bundling them adds no empty tuple to the signature.
             module[var] = function.without_attr("num_input")
-    threads = 0 if decoder.target.kind.name == "llvm" else int(decoder.target.attrs["max_num_threads"])
-    kernels = inplace_kernels(config.vocab_size, config.hidden_size, dtype, min(threads, 256))
+    kernels = inplace_kernels(config.vocab_size, config.hidden_size, dtype, decoder.target.block_threads)
     if samples_on_device(decoder.target):
         kernels |= inplace_sampler_kernels(config.vocab_size)
     for name, kernel in kernels.items():

@@ -12,7 +12,6 @@ from tvm import tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script.ir_builder import tirx as T
-from tvm.target import Target
 
 from awq_compile.kernels.elementwise import every
 from awq_compile.kernels.sampler.block import THREADS, function
@@ -20,13 +19,14 @@ from awq_compile.kernels.sampler.draw import draw, draw_top_p
 from awq_compile.kernels.sampler.renormalize import renormalize_top_p
 from awq_compile.kernels.sampler.sort import sort_rows
 from awq_compile.kernels.sampler.verify_drafts import verify_drafts
+from awq_compile.targets.base import TargetSpec
 
 _KINDS: Final = ("cuda", "vulkan", "metal")  # `Sampler::SupportGPUSampler` in MLC's cpp/serve/sampler/sampler.h
 
 
-def samples_on_device(target: Target) -> bool:
+def samples_on_device(target: TargetSpec) -> bool:
     """Whether the runtime looks these functions up in a library for `target`."""
-    return target.kind.name in _KINDS
+    return target.tvm_target["kind"] in _KINDS
 
 
 class GpuSampler(nn.Module):  # type: ignore[misc]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,14 @@ from tvm.target.codegen import target_has_features
 
 from awq_compile.kernels import cpu_attention, gpu_attention, mma_attention
 from awq_compile.kernels.attention import AttentionShape
+from awq_compile.kernels.decode_plan import DecodePlan
 from awq_compile.kernels.merge_state import merge_state
 from awq_compile.limits import DEFAULT_PAGE, CompileOptions
 from awq_compile.models.config import ModelConfig
-from awq_compile.schedules import DecodeAttentionSchedule
-from awq_compile.targets.gpu import attention_schedule, has_tensor_cores
+from awq_compile.targets.base import TargetSpec
+from awq_compile.targets.gpu import GpuTarget
+
+ATTENTION: Final = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
 
 
 class KVCache(Object):  # type: ignore[misc]
@@ -29,7 +32,7 @@ class KVCache(Object):  # type: ignore[misc]
         """Rotates q and k, appends k and v, attends: qkv (M, Hq + 2*Hkv, D) → (M, Hq, D)."""
         rows, _, head_dim = qkv.shape
         call = relax.call_dps_packed(
-            "vm.builtin.attention_kv_cache_attention_with_fused_qkv",
+            ATTENTION,
             [self._expr, relax.prim_value(layer), relax.prim_value(scale), qkv._expr],
             out_ty=relax.TensorType((rows, heads, head_dim), qkv.dtype),
         )
@@ -67,16 +70,16 @@ def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
 
 
 def create_kv_cache(
-    config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: Target, sizes: CompileOptions
+    config: ModelConfig, shape: relax.ShapeExpr, dtype: str, target: TargetSpec, sizes: CompileOptions
 ) -> KVCache:
     """Emits the creation of a cache of `shape`: sequences, tokens in all, prefill chunk, page size, sliding window.
 
-    On the CPU the kernels are ours, except for sliding windows and token trees. On GPUs attention in decoding, on
-    tensor cores also that of new tokens, both without a sliding window, and the merging of states are ours, and the
-    others TVM's.
+    On the CPU the kernels are ours, except for sliding windows and token trees. On GPUs attention in decoding, where
+    the target says so also that of new tokens, both without a sliding window, and the merging of states are ours, and
+    the others TVM's.
     """
-    kernels = _Kernels(config, dtype, target, sizes)
-    found = kernels.for_cpu() if target.kind.name == "llvm" else kernels.for_gpu()
+    kernels = _Kernels(config, dtype, Target(target.tvm_target), sizes)
+    found = kernels.for_gpu(target) if isinstance(target, GpuTarget) else kernels.for_cpu()
     arguments = [
         shape,
         relax.ShapeExpr([0, config.num_layers]),
@@ -92,6 +95,19 @@ def create_kv_cache(
     ]
     create = relax.call_pure_packed("vm.builtin.paged_attention_kv_cache_create", *arguments, ty_args=relax.AnyType())
     return KVCache(_expr=create, _name="paged_kv_cache")
+
+
+def attention_workspace_bytes(config: ModelConfig, target: TargetSpec, sizes: CompileOptions) -> int:
+    """The most that the cache's kernels take from TVM's runtime: ours for decoding does, on GPUs without a window."""
+    if not isinstance(target, GpuTarget) or sizes.sliding_window_size is not None:
+        return 0
+    plan = DecodePlan.of(_gpu_shape(config, target.dtype, sizes), target.decode_attention)
+    pages_of_sequence = -(-sizes.cached_tokens // sizes.page_size)
+    return plan.workspace_bytes(sizes.max_batch_size, sizes.max_batch_size * pages_of_sequence)
+
+
+def _gpu_shape(c: ModelConfig, dtype: str, sizes: CompileOptions) -> AttentionShape:
+    return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, dtype, page=sizes.page_size)
 
 
 def _lanes(target: Target) -> int:
@@ -134,7 +150,9 @@ class _Kernels:
             self._attention(cpu_attention.paged_decode(shape), "attention_paged_decode"),
             *sliding,
             # The runtime takes the paged one first; TVM's own CPU cache passes these two the other way round.
-            self._paged_tree(t.tree_attn_with_paged_kv_cache_cpu(kv_heads, heads, dim, dtype, scaling)),
+            self._paged_tree(
+                t.tree_attn_with_paged_kv_cache_cpu(kv_heads, heads, dim, dtype, scaling), "attention_paged_tree"
+            ),
             self._attention(t.tree_attn_cpu(kv_heads, heads, dim, dtype, scaling), "attention_ragged_tree"),
             relax.Tuple([]),  # no multi-head latent attention
             relax.Tuple([self._kernel(cpu_attention.merge_state(shape), "attention_merge_state")]),
@@ -144,40 +162,37 @@ class _Kernels:
             self._kernel(t._compact_kv_copy_cpu(kv_heads, dim, dtype, page), "kv_cache_compact_kv_copy"),
         ]
 
-    def for_gpu(self) -> list[Any]:
-        """TVM's, but for three: decoding, where TVM's has a block for all positions; new tokens where there are tensor
-        cores, which TVM's does without; merging, where TVM's races.
+    def for_gpu(self, gpu: GpuTarget) -> list[Any]:
+        """TVM's, but for three: decoding, where TVM's has a block for all positions; new tokens where the GPU takes
+        `mma_attention`, since TVM's does without tensor cores; merging, where TVM's races.
 
         The runtime rotates within attention, `rotary_mode` 1, in caches with a sliding window; those take the kernels
         of their own for all layers, so that ours never has to.
         """
         c, t, page, dtype, target = self.config, tvm_kernels, self.sizes.page_size, self.dtype, self.target
         heads, kv_heads, dim, scaling = c.num_heads, c.num_kv_heads, c.head_dim, _rope_scaling(c)
-        attend = (kv_heads, heads, dim, dtype)
-        threads = int(target.attrs["max_num_threads"])
-        shape, schedule = AttentionShape(heads, kv_heads, dim, dtype, page=page), self._schedule()
+        attend, shape = (kv_heads, heads, dim, dtype), _gpu_shape(c, dtype, self.sizes)
         rotary = t.llama_rope_with_position_map(c.rope_theta, 1, dim, heads, kv_heads, dtype, scaling, dim)
         return [
             *self._appending(),
-            *self._prefill(shape),
-            self._attention(gpu_attention.paged_decode(shape, schedule, "attention_paged_decode")),
+            *self._prefill(shape, mma=gpu.mma_attention),
+            self._attention(gpu_attention.paged_decode(shape, gpu.decode_attention, "attention_paged_decode")),
             self._attention(t._attention_prefill(*attend, True, scaling, target, page_size=page)),
             self._attention(t._attention_decode(*attend, True, scaling, target, page_size=page)),
             self._paged_tree(t.tree_attn_with_paged_kv_cache(*attend, scaling, target)),
             self._attention(t.tree_attn(*attend, scaling, target)),
             relax.Tuple([]),  # no multi-head latent attention
-            relax.Tuple([self._kernel(merge_state(heads, dim, dtype, threads))]),
+            relax.Tuple([self._kernel(merge_state(heads, dim, dtype, gpu.limits.max_threads))]),
             self._kernel(rotary),
             self._kernel(t._copy_single_page(kv_heads, page, dim, dtype, target)),
             self._kernel(t._kv_cache_debug_get_kv(c.num_layers, kv_heads, dim, dtype)),
             self._kernel(t._compact_kv_copy(kv_heads, dim, dtype, target, page)),
         ]
 
-    def _prefill(self, shape: AttentionShape) -> list[Any]:
-        """Of new tokens among themselves, and against pages."""
+    def _prefill(self, shape: AttentionShape, *, mma: bool) -> list[Any]:
+        """Of new tokens among themselves, and against pages; by `mma_attention` where that serves."""
         t, target, scaling = tvm_kernels, self.target, _rope_scaling(self.config)
-        whole = self.sizes.sliding_window_size is None
-        if whole and has_tensor_cores({**target.attrs, "kind": target.kind.name}) and mma_attention.supports(shape):
+        if mma and self.sizes.sliding_window_size is None and mma_attention.supports(shape):
             ragged = mma_attention.ragged_prefill(shape, "attention_ragged_prefill")
             paged = mma_attention.paged_prefill(shape, "attention_paged_prefill")
         else:
@@ -185,9 +200,6 @@ class _Kernels:
             ragged = t._attention_prefill_ragged(kv_heads, heads, dim, dim, dtype, scaling, target)
             paged = t._attention_prefill(kv_heads, heads, dim, dtype, False, scaling, target, page_size=shape.page)
         return [self._attention(ragged), self._attention(paged)]
-
-    def _schedule(self) -> DecodeAttentionSchedule:
-        return attention_schedule(self.target.kind.name, dict(self.target.attrs))
 
     def _appending(self) -> list[Any]:
         t, c = tvm_kernels, self.config
@@ -203,8 +215,8 @@ class _Kernels:
     def _attention(self, function: Any, name: str = "") -> Any:
         return relax.Tuple([ir.StringImm("tirx"), self._kernel(function, name)])
 
-    def _paged_tree(self, function: Any) -> Any:
+    def _paged_tree(self, function: Any, name: str = "") -> Any:
         """TVM's kernel for token trees knows one page size; without it the runtime refuses such trees."""
         if self.sizes.page_size != DEFAULT_PAGE:
             return relax.Tuple([])
-        return self._attention(function, "attention_paged_tree" if self.target.kind.name == "llvm" else "")
+        return self._attention(function, name)

@@ -8,7 +8,7 @@ from typing import Final
 
 from awq_compile.errors import UsageError
 from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule, SimtGemvSchedule
-from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, tvm_limits
+from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, decode_attention, tvm_limits
 from awq_compile.targets.link import library_suffix, llvm_triple
 
 _REPORTS: Final = "Vulkan hardware database, maxComputeWorkGroupInvocations and maxComputeSharedMemorySize"
@@ -78,4 +78,6 @@ def vulkan_target(argument: str, host: str) -> VulkanTarget:
         runs_here=False,
         limits=limits,
         templates=templates,
+        decode_attention=decode_attention(limits),
+        mma_attention=False,
     )

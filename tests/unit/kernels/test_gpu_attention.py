@@ -12,10 +12,11 @@ import pytest
 
 from awq_compile.errors import CompileError
 from awq_compile.kernels.attention import AttentionShape
-from awq_compile.kernels.gpu_attention import _Plan, paged_decode
+from awq_compile.kernels.decode_plan import DecodePlan
+from awq_compile.kernels.gpu_attention import paged_decode
 from awq_compile.schedules import DecodeAttentionSchedule
 from awq_compile.targets import resolve_target
-from awq_compile.targets.gpu import attention_schedule
+from awq_compile.targets.gpu import GpuTarget
 from awq_compile.verify.case import arrays_after, call_arguments, judge
 from awq_compile.verify.cases import attention
 from awq_compile.verify.executors import opencl
@@ -83,13 +84,18 @@ def test_every_shape(kind: str, shape: AttentionShape) -> None:
     check(kind, shape, schedule_for(kind, SMALL))
 
 
+def gpu(name: str) -> GpuTarget:
+    target = resolve_target(name)
+    assert isinstance(target, GpuTarget)
+    return target
+
+
 @pytest.mark.parametrize("name", ["cuda:sm_90", "metal", "opencl"])
 def test_schedules_of_targets(name: str) -> None:
     """What libraries have, one sequence and five, over chunks that fill a block's turns several times."""
-    target = resolve_target(name).tvm_target
-    schedule = attention_schedule(str(target["kind"]), target)  # type: ignore[arg-type]
+    target = gpu(name)
     lengths = [((1,), False, 0), ((1501,), False, 0), ((1, 77, 0, 300, 16), False, 0), ((511, 2), False, 20000)]
-    check(str(target["kind"]), AttentionShape(8, 2, 64, "float16"), schedule, lengths)
+    check(str(target.tvm_target["kind"]), AttentionShape(8, 2, 64, "float16"), target.decode_attention, lengths)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +116,12 @@ def test_shared_memory_bounds_the_heads_of_a_block() -> None:
     """8 query heads of 256 elements are too many for 32 KB, and on CUDA, with longer chunks, for 48 KB."""
     shape = AttentionShape(8, 1, 256, "float16")
     for name, group in (("opencl", 4), ("cuda:sm_90", 4)):
-        target = resolve_target(name).tvm_target
-        plan = _Plan.of(shape, attention_schedule(str(target["kind"]), target))  # type: ignore[arg-type]
+        target = gpu(name)
+        plan = DecodePlan.of(shape, target.decode_attention)
         assert plan.group == group
-        assert plan.shared_bytes(plan.together) <= int(str(target["max_shared_memory_per_block"]))
+        assert plan.shared_bytes(plan.together) <= target.limits.shared_bytes
     with pytest.raises(CompileError, match=r"takes \d+ bytes of shared memory, and there are 2048"):
-        _Plan.of(shape, replace(SMALL, shared_bytes=2048))
+        DecodePlan.of(shape, replace(SMALL, shared_bytes=2048))
 
 
 def test_large_scores() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from awq_compile.kernels.attention import AttentionShape
 from awq_compile.kernels.mma_attention import paged_prefill, ragged_prefill, supports
-from awq_compile.targets.gpu import has_tensor_cores
+from awq_compile.targets import resolve_target
+from awq_compile.targets.gpu import GpuTarget
 from awq_compile.verify.case import arrays_after, call_arguments, judge
 from awq_compile.verify.cases import attention
 from awq_compile.verify.executors.simt import SimtExecutor
@@ -71,6 +72,7 @@ def test_where_it_serves() -> None:
     assert not supports(AttentionShape(2, 1, 64, "float32"))
     assert not supports(AttentionShape(2, 1, 72, "float16"))
     assert not supports(AttentionShape(2, 1, 512, "float16"))
-    found = [has_tensor_cores({"kind": "cuda", "arch": arch}) for arch in ("sm_75", "sm_80", "sm_100")]
-    assert found == [False, True, True]
-    assert not has_tensor_cores({"kind": "vulkan"})
+    targets = [
+        resolve_target(name) for name in ("cuda:sm_75", "cuda:sm_75+sm_90", "cuda:sm_80", "cuda:sm_100", "vulkan")
+    ]
+    assert [isinstance(t, GpuTarget) and t.mma_attention for t in targets] == [False, False, True, True, False]

@@ -19,6 +19,7 @@ from awq_compile.limits import CompileOptions
 from awq_compile.models.config import ModelConfig
 from awq_compile.models.decoder import export_decoder
 from awq_compile.models.parameters import model_parameters
+from awq_compile.targets import resolve_target
 
 TOLERANCE = 5e-5  # float32 on both sides; issue 2 allows 2e-3
 SIZES = CompileOptions(context_window_size=256, prefill_chunk_size=32, max_batch_size=4)
@@ -125,15 +126,14 @@ def test_parameters_are_those_of_the_table(pair: Pair) -> None:
         assert [tuple(map(int, weight.ty.shape)) for weight in weights] == [p.shape for p in expected]
 
 
-@pytest.mark.parametrize("kind", ["cuda", "opencl", "vulkan", "metal"])
-def test_gpu_export_computes_in_float16_and_returns_float32(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("name", ["cuda:sm_90", "opencl", "vulkan", "metal"])
+def test_gpu_export_computes_in_float16_and_returns_float32(tmp_path: Path, name: str) -> None:
     """The same decoder exports for GPUs: hidden states in float16, logits in float32."""
     config = save_hf_config(transformers.Qwen3Config(**SMALL, **FAMILIES["qwen3"][1]), tmp_path, "Qwen3ForCausalLM")
-    target = tvm.target.Target({"kind": kind, "arch": "sm_90"} if kind == "cuda" else kind)
-    module, _ = export_decoder(config, SIZES, "float16", target)
-    for name in ("prefill", "decode", "batch_prefill", "batch_decode", "batch_verify"):
-        assert module[name].ty.ret.fields[0].dtype == "float32"
-        assert module[f"{name}_to_last_hidden_states"].ty.ret.fields[0].dtype == "float16"
+    module, _ = export_decoder(config, SIZES, "float16", resolve_target(name))
+    for function in ("prefill", "decode", "batch_prefill", "batch_decode", "batch_verify"):
+        assert module[function].ty.ret.fields[0].dtype == "float32"
+        assert module[f"{function}_to_last_hidden_states"].ty.ret.fields[0].dtype == "float16"
     assert module["get_logits"].ty.ret.dtype == "float32"
 
 

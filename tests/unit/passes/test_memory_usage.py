@@ -11,6 +11,7 @@ from tvm.script import relax as R
 
 from awq_compile.formats import QuantSpec
 from awq_compile.kernels.linear import reference_linear
+from awq_compile.models.kv_cache import ATTENTION
 from awq_compile.passes.apply_schedules import ApplySchedules
 from awq_compile.passes.memory_usage import memory_usage
 from awq_compile.problem import MatmulProblem
@@ -76,3 +77,21 @@ def test_temporaries_and_results_are_counted() -> None:
     planned = tvm.transform.Sequential(PLANS)(Steps)
     temporary, result = 10 * 8 * 4, 10 * 8 * 2
     assert memory_usage(planned) == {"step": 2 * temporary + result, "unbounded": 0}
+
+
+def test_what_attends_has_the_workspace_of_attention() -> None:
+    """Once, for the runtime gives the same memory to every layer; other functions have none."""
+    builder = relax.BlockBuilder()
+    for name, layers in (("decode", 2), ("get_logits", 0)):
+        cache, x = relax.Var("cache", relax.AnyType()), relax.Var("x", R.Tensor((4, 8), "float32"))
+        with builder.function(name, [cache, x]):
+            with builder.dataflow():
+                y = builder.emit(relax.op.add(x, x))
+                for layer in range(layers):
+                    call = relax.call_dps_packed(ATTENTION, [cache, relax.prim_value(layer), y], out_ty=x.ty)
+                    y = builder.emit(call)
+                out = builder.emit_output(relax.op.add(y, x))
+            builder.emit_func_output(out)
+    planned = tvm.transform.Sequential(PLANS)(builder.finalize())
+    without, found = memory_usage(planned), memory_usage(planned, attention=1000)
+    assert found == {"decode": without["decode"] + 1000, "get_logits": without["get_logits"]}

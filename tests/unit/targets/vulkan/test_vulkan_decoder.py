@@ -23,6 +23,7 @@ from awq_compile.limits import CompileOptions
 from awq_compile.models.config import read_config
 from awq_compile.models.decoder import export_decoder
 from awq_compile.models.parameters import model_parameters
+from awq_compile.targets import resolve_target
 from awq_compile.targets.vulkan.codegen import build_shaders
 from awq_compile.verify.record import LaunchRecorder
 
@@ -42,7 +43,7 @@ class VulkanDecoder(Float):
 
     def __init__(self, folder: Path) -> None:
         config, target, t = read_config(folder), vulkan_target(), relax.transform
-        module, _ = export_decoder(config, SIZES, "float16", target)
+        module, _ = export_decoder(config, SIZES, "float16", resolve_target("vulkan"))
         for var in list(module.get_global_vars()):
             if var.name_hint in UNSCHEDULED:
                 del module[var]
