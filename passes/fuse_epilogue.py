@@ -145,7 +145,7 @@ class _FunctionFuser:
         return self._extend(y, problem, lambda e: replace(e, wide=True), [])
 
     def _silu_mul(self, left: Expr, right: Expr) -> Expr | None:
-        """silu(split[0]) * split[1], where split = R.split(y, 2, axis=-1)."""
+        """silu(split[0]) * split[1], where split = R.split(y, 2, axis=-1), and N is even."""
         activated: Any = self.values.get(left)
         gate, up = (activated.args[0] if called_op(activated) == "relax.nn.silu" else None), right
         picks: list[Any] = [self.values.get(v) for v in (gate, up)] if gate is not None else [None]
@@ -159,7 +159,7 @@ class _FunctionFuser:
         if int(source.attrs.axis) not in (-1, len(y.ty.shape) - 1) or any(self.uses[v] != 1 for v in (left, gate, up)):
             return None
         problem = self._linear(y)
-        if problem is None or problem.epilogue != Epilogue():
+        if problem is None or problem.epilogue != Epilogue() or not _halves(split, problem.n):
             return None
         self.dropped |= {left, gate, up, split}
         return self._extend(y, replace(problem, n=problem.n // 2), lambda e: replace(e, activation="silu_mul"), [])
@@ -175,3 +175,8 @@ class _FunctionFuser:
         rows = call.ty_args[0].shape[0]
         out = relax.TensorType((rows, new.n), new.out_dtype)
         return relax.call_tir(kernel, [*call.args[1].fields, *extra], out)
+
+
+def _halves(split: Expr, n: int) -> bool:
+    """Whether a split along N makes two parts, and those are equal."""
+    return [int(part.shape[-1]) * 2 for part in split.ty.fields] == [n, n]

@@ -42,7 +42,9 @@ def scheduled_linear(problem: MatmulProblem, schedule: LinearSchedule, *, planne
     """
     check_order(problem, *schedule.by_bucket.values())
     attrs = {"tirx.is_scheduled": True}
-    with linear_function(problem, attrs, arranged=planned and schedule.arranges) as (builder, args):
+    arranged = planned and schedule.arranges
+    # Without rows nothing is launched: of a grid without blocks TVM's runtime makes one block, which would read x.
+    with linear_function(problem, attrs, arranged=arranged) as (builder, args), T.If(args.m > 0), T.Then():
         _by_rows(args, list(schedule.by_bucket.items()))
     return builder.get()
 
@@ -52,8 +54,7 @@ def _by_rows(args: LinearArgs, buckets: list[tuple[str, FewRows | ManyRows]]) ->
     if not larger:
         _kernel(args, bucket, schedule)
         return
-    # For one row not M ≤ 1: that kernel would write a row where M is 0.
-    with T.If(args.m == 1 if bucket == "gemv" else args.m <= ROW_BUCKETS[bucket]):
+    with T.If(args.m <= ROW_BUCKETS[bucket]):
         with T.Then():
             _kernel(args, bucket, schedule)
         with T.Else():

@@ -32,17 +32,18 @@ from awq_compile.verify.offline import cuda_resources, spirv_errors
 from awq_compile.verify.sidecar import Sidecar, read_sidecar, table_path
 
 OPTIONS = CompileOptions(context_window_size=256, prefill_chunk_size=64, max_batch_size=4)
+OTHER_PAGES = {"android": replace(OPTIONS, page_size=32)}
 SCHEME = QuantScheme.parse("w4g32")
 LINEAR = "qmatmul_w4g32_n256_k256_residual_float16"
 
 
 def build_and_verify(name: str, folder: Path) -> tuple[Path, KernelVerification]:
     """In a process of its own."""
-    target, config = resolve_target(name), read_config(DEMO)
+    target, config, options = resolve_target(name), read_config(DEMO), OTHER_PAGES.get(name, OPTIONS)
     library = folder / name.replace(":", "-") / f"lib{target.library_suffix}"
     library.parent.mkdir()
-    compile_library(config, SCHEME, target, OPTIONS, library)
-    return library, verify_kernels(library, config, SCHEME, target, OPTIONS)
+    compile_library(config, SCHEME, target, options, library)
+    return library, verify_kernels(library, config, SCHEME, target, options)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def subjects(built: dict[str, tuple[Path, KernelVerification]]) -> Callable[[str
         if name not in made:
             library, target = built[name][0], resolve_target(name)
             prefix = system_lib_prefix(library) if target.system_lib else ""
-            known = roles(read_config(DEMO), SCHEME, target, OPTIONS)
+            known = roles(read_config(DEMO), SCHEME, target, OTHER_PAGES.get(name, OPTIONS))
             made[name] = Subject(target, library_code(library)[0], read_sidecar(library), known, prefix)
         return made[name]
 

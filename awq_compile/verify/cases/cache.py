@@ -15,7 +15,7 @@ from awq_compile.verify.oracles.attention import Rope, Values, merge
 from awq_compile.verify.tolerance import FUNCTION
 
 Array = npt.NDArray[Any]
-_PAGE = 16
+_PAGE = 16  # where a kernel takes any
 
 
 def exactly(array: Array) -> Expected:
@@ -64,9 +64,9 @@ def append_mla(table: Table, rng: np.random.Generator) -> Iterator[Case]:
 
 def copy_single_page(table: Table, rng: np.random.Generator) -> Iterator[Case]:
     """The first tokens of a page to another."""
-    _, _, heads, _, dim = shape_of(table, "pages")
-    for source, target, length in ((3, 1, 1), (0, 4, 7), (2, 3, _PAGE)):
-        pages = _random(rng, (5, 2, heads, _PAGE, dim), _dtype(table, "pages"))
+    _, _, heads, page, dim = shape_of(table, "pages")
+    for source, target, length in ((3, 1, 1), (0, 4, 7), (2, 3, page)):
+        pages = _random(rng, (5, 2, heads, page, dim), _dtype(table, "pages"))
         after = pages.copy()
         after[target, :, :, :length] = pages[source, :, :, :length]
         yield Case(f"tokens={length}", [pages, source, target, length], {0: exactly(after)})

@@ -85,6 +85,23 @@ def test_what_is_declined(body: Any, left: str) -> None:
     assert epilogues(quantised(body)) == [left]
 
 
+@pytest.mark.parametrize(
+    ("sections", "left", "columns"),
+    [(2, "silu_mul", 32), ([32], "silu_mul", 32), (4, "", 16), ([16, 32], "", 16), ([1], "", 63)],
+)
+def test_only_halves_are_a_gate_and_its_up(sections: int | list[int], left: str, columns: int) -> None:
+    """Other parts, and those that nobody reads, leave the split where it is, and the result as wide as it was."""
+
+    def body(b: Any, y: Any, r: Any, c: Any) -> Any:
+        parts = b.emit(relax.op.split(y, sections, axis=-1))
+        gate = b.emit(relax.op.nn.silu(b.emit(relax.TupleGetItem(parts, 0))))
+        return relax.op.multiply(gate, b.emit(relax.TupleGetItem(parts, 1)))
+
+    module = quantised(body)
+    assert epilogues(module) == [left]
+    assert int(module["run"].ret_ty.shape[1]) == columns
+
+
 def test_logits_are_not_rounded_to_float16() -> None:
     """A cast behind the product, or behind its residual, becomes the type of y; an addition behind the cast stays."""
 
