@@ -14,7 +14,7 @@ from awq_compile.kernels.attention import AttentionShape
 from awq_compile.kernels.gpu_attention import paged_decode
 from awq_compile.kernels.mma_attention import paged_prefill
 from awq_compile.targets import resolve_target
-from awq_compile.targets.gpu import attention_schedule
+from awq_compile.targets.gpu import GpuTarget
 from awq_compile.verify.case import Case, arrays_after, call_arguments, judge
 from awq_compile.verify.cases import attention
 from awq_compile.verify.executors.simt import SimtExecutor
@@ -47,9 +47,9 @@ def check(name: str, function: Any, make: Any) -> None:
 @pytest.mark.parametrize("name", ["cuda:sm_80", "metal"])
 def test_decode(name: str) -> None:
     """With each kind of schedule, as CUDA."""
-    target = resolve_target(name).tvm_target
-    schedule = attention_schedule(str(target["kind"]), target)  # type: ignore[arg-type]
-    function = paged_decode(SHAPE, schedule, "attention_paged_decode")
+    target = resolve_target(name)
+    assert isinstance(target, GpuTarget)
+    function = paged_decode(SHAPE, target.decode_attention, "attention_paged_decode")
     check("attention_paged_decode", function, lambda kernel: attention._decode(kernel, (100, 7), False))
 
 
