@@ -95,11 +95,13 @@ class Dist:
     def library(self, target: str | None = None) -> Path:
         """The library for `target`, or the only (else the first) one."""
         libraries = self.manifest.libraries
-        name = target or next(iter(libraries), "")
+        if not libraries:
+            raise ArtifactError(f"{self.path / MANIFEST} names no library", hint="compile again")
+        name = next(iter(libraries)) if target is None else target
         if name not in libraries:
-            raise ArtifactError(
-                f"{self.path} has no library for target {name!r}, only for {', '.join(libraries) or 'none'}",
-                hint=f"awq-compile MODEL --target {name or 'cpu'}",
+            raise UsageError(
+                f"{self.path} has no library for target {name!r}, only for {', '.join(libraries)}",
+                hint=f"--target {next(iter(libraries))}, or compile the model with --target {name or 'cpu'}",
             )
         return self.path / libraries[name].path
 

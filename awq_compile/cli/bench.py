@@ -16,6 +16,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     runs: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 5,
+    target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -25,7 +26,7 @@ def bench(
     from awq_compile.runtime.engine import Engine
 
     output = Output(as_json, verbose)
-    engine = Engine(dist)
+    engine = Engine(dist, target=target)
     found = engine.bench(min(prompt_tokens, engine.context_window_size - 1), new_tokens, runs=runs)
     output.say(f"{shown(dist)}: {found.threads} threads, median of {runs} runs (least to most)")
     for name, tokens, speed in (

@@ -53,9 +53,7 @@ def chat(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Which library of DIST.", show_default="the first")
-    ] = None,
+    target: o.Library = None,
     engine: Annotated[
         Literal["own", "mlc"], typer.Option(help="Our runtime, or the package mlc_llm where it is installed.")
     ] = "own",

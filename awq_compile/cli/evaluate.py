@@ -48,6 +48,7 @@ def evaluate(
     calib_samples: o.CalibSamples = None,
     calib_length: o.CalibLength = None,
     seed: o.Seed = 0,
+    target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -61,6 +62,8 @@ def evaluate(
 
     output = Output(as_json, verbose)
     dists = [open_dist(Path(p)) for p in paths if is_dist(Path(p))]
+    for dist in dists:
+        dist.library(target)  # an error names the targets that there are
     checkpoints = [open_checkpoint(Path(p)) for p in paths if is_checkpoint(Path(p))]
     schemes = {QuantScheme.parse(dist.manifest.scheme) for dist in dists} | {q.scheme for q in checkpoints}
     chosen = (
@@ -71,7 +74,7 @@ def evaluate(
     for word in paths:
         path = Path(word)
         if is_dist(path):
-            candidates.append(library_candidate(path, f"compiled library, {shown(path)}"))
+            candidates.append(library_candidate(path, f"compiled library, {shown(path)}", target))
         elif is_checkpoint(path):
             candidates.append(checkpoint_candidate(path, "checkpoint", f"checkpoint, {shown(path)}"))
         else:
@@ -132,13 +135,13 @@ def checkpoint_candidate(path: Path, name: str, label: str) -> Candidate:
     return Candidate(name, label, load)
 
 
-def library_candidate(dist: Path, label: str) -> Candidate:
+def library_candidate(dist: Path, label: str, target: str | None = None) -> Candidate:
     """A compiled library, run by TVM."""
 
     def load() -> Logits:
         from awq_compile.runtime.engine import Engine
 
-        return Engine(dist).logits
+        return Engine(dist, target=target).logits
 
     return Candidate("library", label, load)
 

@@ -27,6 +27,7 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -36,7 +37,7 @@ def run(
     from awq_compile.runtime.engine import Engine
     from awq_compile.runtime.tokenizer import Tokenizer
 
-    engine, tokenizer = Engine(dist), Tokenizer(dist)
+    engine, tokenizer = Engine(dist, target=target), Tokenizer(dist)
     ids = tokenizer.encode(text)
     room = engine.context_window_size - len(ids)
     tokens = engine.generate(
