@@ -20,6 +20,7 @@ from awq_compile.cli.evaluate import (
     measure,
     model_candidates,
     show,
+    windows_of_text,
 )
 from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme
 from awq_compile.errors import CompileError, UsageError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from awq_compile.awq.quantize import Method
     from awq_compile.chat.conv_template import ConvTemplate
     from awq_compile.cli.source import Source
+    from awq_compile.evaluate import I64
     from awq_compile.formats import QuantScheme
     from awq_compile.limits import CompileOptions
     from awq_compile.models.config import ModelConfig
@@ -200,6 +202,10 @@ def build(
         cuda_graphs,
     )
     _tell_memory(config, chosen, options, targets, output)
+    windows = None
+    if text is not None:  # an unusable text is said now, not when all else is done
+        size = min(DEFAULT_WINDOW, options.context_window_size)
+        windows = windows_of_text(text, source.path, size, eval_windows, "--eval")
     if not source.quantised:
         calibration = calibration_spec(config, calib, calib_samples, calib_length, seed)
         quantised = _quantised(source, chosen.in_order("NK"), calibration, how, output)
@@ -209,7 +215,7 @@ def build(
     rows = []
     if text is not None and not source.quantised:
         rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output), quantised.path]
-    _tell(job.run(text, eval_windows, rows), output)
+    _tell(job.run(text, windows, rows), output)
 
 
 def _common_scheme(targets: list[TargetSpec]) -> str:
@@ -310,10 +316,10 @@ class _Job:
     dump: Path | None
     output: Output
 
-    def run(self, text: Path | None, windows: int | None, measured: list[Path]) -> Built:
+    def run(self, text: Path | None, windows: I64 | None, measured: list[Path]) -> Built:
         """Writes the DIST: parameters, tokenizer, configuration, libraries, report, manifest.
 
-        With `text`, the report carries perplexities: of the original and the checkpoints `measured`
+        With `windows` of `text`, the report carries perplexities: of the original and the checkpoints `measured`
         (round-to-nearest, AWQ) when MODEL was floating-point, and of the library.
         """
         from awq_compile.artifact import DistWriter, versions
@@ -346,7 +352,9 @@ class _Job:
                 dist.write_text(file, text_of_app)
             dist.manifest(name, model.scheme, recorded)  # what the runtime needs to open it for the next two steps
             checks = self._verify(dist)
-            evaluation = self._evaluate(dist, text, windows, measured, checks) if text is not None else None
+            evaluation = None
+            if text is not None and windows is not None:
+                evaluation = self._evaluate(dist, text, windows, measured, checks)
             facts = {target: check.to_json() for target, check in checks.items()}
             report = build_report(
                 name, model, dist.path, dist.libraries, compiled, facts, recorded, versions(), evaluation
@@ -396,7 +404,7 @@ class _Job:
         return found
 
     def _evaluate(
-        self, dist: DistWriter, text: Path, windows: int | None, measured: list[Path], checks: Checks
+        self, dist: DistWriter, text: Path, windows: I64, measured: list[Path], checks: Checks
     ) -> dict[str, Any]:
         """Perplexities, of what this machine can run."""
         candidates = []
@@ -407,8 +415,7 @@ class _Job:
             candidates = [checkpoint_candidate(self.model.path, self.model.method, label)]
         if any(checks[target.name].ran and target.runs_here for target in self.targets):
             candidates.append(library_candidate(dist.path, "compiled library"))
-        window = min(DEFAULT_WINDOW, self.options.context_window_size)
-        return measure(candidates, text, self.model.path, window, windows, self.output)
+        return measure(candidates, text, windows, self.output)
 
 
 def _tell(built: Built, output: Output) -> None:

@@ -280,6 +280,21 @@ def test_calibration_text_too_short(run: Run, model: Path, tmp_path: Path, text:
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [None, "too short", b"\xff\xfe\xff"])
+def test_an_evaluation_text_is_checked_first(
+    run: Run, model: Path, tmp_path: Path, content: str | bytes | None, private_cache: Path
+) -> None:
+    """A missing, a too short and a binary text: one error that names the option, before anything is quantised."""
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for words, option in (((model, *RTN, "--eval"), "--eval FILE"), (("eval", model, "--text"), "--text FILE")):
+        code, out, err = run(*words, text)
+        assert (code, out) == (1, "") and "text.txt" in err and "rounding" not in err
+        assert f"hint: {option} with UTF-8 text of " in err and "--calib" not in err
+    assert list(Path().iterdir()) == [] and not private_cache.exists()
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "folder"])
 def test_onnx_is_refused(run: Run, tmp_path: Path, name: str) -> None:
     """An .onnx file, or a folder with nothing else, is not available in this version."""
