@@ -153,7 +153,7 @@ def build(
     verbose: o.Verbose = False,
 ) -> None:
     """Quantise MODEL to INT4 by AWQ, compile it by TVM, package it for the MLC runtime, and verify the result."""
-    from awq_compile.artifact import check_output, tokenizer_files
+    from awq_compile.artifact import DistWriter, check_output, check_writable, tokenizer_files
     from awq_compile.chat.select import select_template
     from awq_compile.cli.source import find_model
     from awq_compile.models.config import read_config
@@ -186,6 +186,9 @@ def build(
         chosen = chosen if asked_scheme else quantised.scheme
     final = out or Path("dist") / f"{source.name}-{chosen.name}"
     check_output(final)
+    check_writable(DistWriter(final).path, "-o", final)
+    if dump is not None:
+        check_writable(dump, "--dump", dump)
     config = read_config(source.path)
     tokenizer_files(source.path)
     conversation = select_template(source.path, config, conv_template)

@@ -378,7 +378,36 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 def test_unwritable_output(run: Run, model: Path, read_only: Path) -> None:
     """An output that cannot be written ends with 3 and names the path."""
     code, _, err = run(model, *RTN, "-o", read_only / "dist")
-    assert code == 3 and "cannot write" in err and "dist" in err
+    assert code == 3 and "cannot write" in err and "dist" in err and "rounding" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "reason"),
+    [
+        ("-o", "file/sub", "a part of the path is not a directory"),
+        ("-o", "/proc/dist", "no folder can be made there"),
+        ("-o", "x" * 300, "the name is too long"),
+        ("-o", "x" * 250, "the name is too long"),  # that of what is written until the end
+        ("--dump", "file", "a file of that name is in the way"),
+        ("--dump", "/proc/dist", "no folder can be made there"),
+        ("--dump", "x" * 300, "the name is too long"),
+    ],
+)
+def test_folders_that_cannot_be_made(run: Run, model: Path, option: str, name: str, reason: str) -> None:
+    """Each option names its own folder before anything is quantised, and leaves nothing."""
+    Path("file").write_text("x")
+    code, out, err = run(model, *RTN, option, name)
+    assert (code, out) == (3, "") and "rounding" not in err
+    assert "cannot write" in err and name in err and reason in err
+    assert f"choose another folder with {option} DIR" in err
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_what_is_checked_is_taken_back(run: Run, model: Path) -> None:
+    """A model that is refused after its output was found writable leaves no folder."""
+    (model / "tokenizer.json").unlink()
+    assert run(model, *RTN, "-o", "a/b/c", "--dump", "d/e")[0] == 1
+    assert list(Path().iterdir()) == []
 
 
 def test_run_refuses_what_is_no_dist(run: Run, model: Path) -> None:
