@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from awq_compile.cli import options as o
-from awq_compile.cli.console import Output, seconds
+from awq_compile.cli.console import Output, piped_text, seconds
 from awq_compile.errors import UsageError
 
 DEFAULT_TOKENS: Final = 128
@@ -82,9 +82,11 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} cannot be read: {error}", hint="--prompt-file FILE takes UTF-8 text") from None
     elif file is not None or not sys.stdin.isatty():
-        text = sys.stdin.read()
+        text = piped_text()
     else:
         raise UsageError("no prompt given", hint='--prompt "Once upon a time", or --prompt-file FILE')
+    from awq_compile.runtime.tokenizer import unicode_text
+
     if not text:
         raise UsageError("the prompt is empty", hint='--prompt "Once upon a time"')
-    return text
+    return unicode_text(text, "the prompt")
