@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT: Final = 8192  # a longer window of the model is opt-in: the KV cache is allocated for it
 DEFAULT_PREFILL: Final = 512
 DEFAULT_BATCH: Final = 8
+_INT32_MAX: Final = 2**31 - 1
 
 _NOT_REPORTED = ("seconds", "library_bytes", "parameters")  # times differ between equal runs; the rest is elsewhere
 
@@ -267,6 +268,13 @@ def _options(
     if context is not None and window is not None:
         raise UsageError(
             "--context-window-size and --sliding-window-size exclude each other: a sequence either ends or slides"
+        )
+    most_batch = _INT32_MAX // config.vocab_size  # kernels count the elements of (sequences, vocabulary) in int32
+    if batch is not None and batch > most_batch:
+        raise UsageError(
+            f"--max-batch-size {batch} is more than {most_batch}, which the model's vocabulary of "
+            f"{config.vocab_size} allows: their product must be below 2^31",
+            hint=f"--max-batch-size {DEFAULT_BATCH}",
         )
     context = window or context or min(most, DEFAULT_CONTEXT)
     return CompileOptions(

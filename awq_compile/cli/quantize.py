@@ -10,7 +10,7 @@ import typer
 
 from awq_compile.cli import options as o
 from awq_compile.cli.console import Output, nbytes, seconds, shown
-from awq_compile.errors import UsageError
+from awq_compile.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
     from awq_compile.awq.calibrate import CalibrationSpec
@@ -53,9 +53,14 @@ def choose_method(method: str) -> Method:
 def calibration_spec(
     config: ModelConfig, calib: str | None, samples: int | None, length: int | None, seed: int
 ) -> CalibrationSpec:
-    """The calibration that the options describe; windows are at most as long as the model's context."""
-    from awq_compile.awq.calibrate import CalibrationSpec
+    """The calibration that the options describe; windows are at most as long as the model's context.
 
+    A text that is not there is an error also where it is not read, for the spec names checkpoints by its content.
+    """
+    from awq_compile.awq.calibrate import BUNDLED, CalibrationSpec
+
+    if calib is not None and calib != BUNDLED and not calib.startswith("datasets:") and not Path(calib).is_file():
+        raise CalibrationError(f"the calibration text {calib} is not a file", hint="--calib FILE")
     if length is None:
         length = min(CalibrationSpec.length, config.context_window_size)
     given: dict[str, Any] = {"source": calib, "samples": samples, "length": length, "seed": seed}

@@ -246,6 +246,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "scheme": (change_config(), ["--scheme", "q4f32_1"], 2, "unknown quantisation format"),
     "target": (change_config(), ["--target", "cpi"], 2, "did you mean cpu"),
     "triple": (change_config(), ["--target", "cpu:!"], 2, "not an LLVM triple"),
+    "calib missing, not read": (change_config(), ["--method", "rtn", "--calib", "none.txt"], 1, "none.txt"),
+    "batch": (change_config(), ["--max-batch-size", "1000000000000"], 2, "1000000000000 is more than 524287"),
     "calib missing": (change_config(), ["--method", "awq", "--calib", "none.txt"], 1, "none.txt"),
 }
 

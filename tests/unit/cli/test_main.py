@@ -85,6 +85,8 @@ def test_usage_errors(run: Run, words: list[str], message: str) -> None:
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert message in err
+    verb = [word for word in words[:1] if word in VERBS]
+    assert err.endswith(" ".join(["  hint: awq-compile", *verb, "--help\n"]))
     assert "Traceback" not in err
 
 

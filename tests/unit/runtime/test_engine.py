@@ -172,6 +172,17 @@ def test_verbs_name_the_library(made: tuple[Any, Path], capsys: pytest.CaptureFi
         assert "no library for target 'metal', only for cpu" in capsys.readouterr().err
 
 
+def test_bench_fits_the_context_window(made: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """By default; what is asked for and does not fit is named with the option that would."""
+    assert main(["bench", str(made[1]), "--runs", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prefill_tokens"], found["decode_tokens"]) == (40, 40)
+    for words, hint in ((["--prompt-tokens", "99999"], "--prompt-tokens 40"), (["--new-tokens", "80"], "--new-tokens")):
+        assert main(["bench", str(made[1]), *words]) == 2
+        err = capsys.readouterr().err
+        assert "do not fit the library's context window of 80" in err and f"hint: {hint}" in err
+
+
 def _edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         data = json.loads((folder / name).read_text())
