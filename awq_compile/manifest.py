@@ -101,7 +101,7 @@ class Dist:
         if name not in libraries:
             raise UsageError(
                 f"{self.path} has no library for target {name!r}, only for {', '.join(libraries)}",
-                hint=f"--target {next(iter(libraries))}, or compile the model with --target {name or 'cpu'}",
+                hint=f"leave --target out, or compile the model with --target {name or 'cpu'}",
             )
         return self.path / libraries[name].path
 

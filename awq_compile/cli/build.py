@@ -22,7 +22,7 @@ from awq_compile.cli.evaluate import (
     show,
     windows_of_text,
 )
-from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme
+from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme, tell_unread_text
 from awq_compile.errors import CompileError, UsageError
 from awq_compile.limits import DEFAULT_PAGE
 
@@ -174,6 +174,7 @@ def build(
     for one in targets:
         one.check_scheme(chosen)
         one.check_tools()  # not hours later
+    tell_unread_text(how, calib, output)
     source = find_model(model, output)
     if source.quantised:
         from awq_compile.awq.checkpoint import open_checkpoint
@@ -218,7 +219,9 @@ def build(
     )
     rows = []
     if text is not None and not source.quantised:
-        rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output), quantised.path]
+        rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output)]
+        if how == "awq":
+            rows.append(quantised.path)
     _tell(job.run(text, windows, rows), output)
 
 
@@ -420,7 +423,7 @@ class _Job:
         """Perplexities, of what this machine can run."""
         candidates = []
         if measured:
-            candidates = model_candidates(self.source.path, self.model.scheme, measured[0], measured[1])
+            candidates = model_candidates(self.source.path, self.model.scheme, *measured)
         else:
             label = f"{self.model.method} {self.model.scheme.name}, torch"
             candidates = [checkpoint_candidate(self.model.path, self.model.method, label)]

@@ -121,19 +121,21 @@ def cached(source: Any, scheme: QuantScheme, spec: Any, method: Any, output: Out
     return quantised(source, folder, scheme, spec, method, output).path
 
 
-def model_candidates(model_dir: Path, scheme: QuantScheme, rounded: Path, found: Path) -> list[Candidate]:
-    """The original, its rounding to nearest, and AWQ's checkpoint."""
+def model_candidates(model_dir: Path, scheme: QuantScheme, rounded: Path, found: Path | None = None) -> list[Candidate]:
+    """The original, its rounding to nearest, and AWQ's checkpoint where there is one."""
 
     def original() -> Logits:
         from awq_compile.evaluate import original_model, torch_logits
 
         return torch_logits(original_model(model_dir))
 
-    return [
+    candidates = [
         Candidate("original", "original", original),
         checkpoint_candidate(rounded, "rtn", f"round-to-nearest {scheme.name}, torch"),
-        checkpoint_candidate(found, "awq", f"AWQ {scheme.name}, torch"),
     ]
+    if found is not None:
+        candidates.append(checkpoint_candidate(found, "awq", f"AWQ {scheme.name}, torch"))
+    return candidates
 
 
 def checkpoint_candidate(path: Path, name: str, label: str) -> Candidate:

@@ -50,6 +50,12 @@ def choose_method(method: str) -> Method:
     raise UsageError(f"--method must be awq or rtn, got {method!r}", hint="--method awq")
 
 
+def tell_unread_text(method: Method, calib: str | None, output: Output) -> None:
+    """Rounding to nearest needs no calibration, so a text that is given changes nothing."""
+    if method == "rtn" and calib is not None:
+        output.step(f"--method rtn calibrates nothing, so --calib {calib} is not read")
+
+
 def calibration_spec(
     config: ModelConfig, calib: str | None, samples: int | None, length: int | None, seed: int
 ) -> CalibrationSpec:
@@ -95,6 +101,7 @@ def quantize(
     output = Output(as_json, verbose)
     chosen = choose_scheme(scheme, bits, group_size, asymmetric, head_bits)
     how = choose_method(method)
+    tell_unread_text(how, calib, output)
     source = find_model(model, output)
     if source.quantised:
         raise UsageError(f"{model} is quantised already", hint=f"awq-compile {model} compiles it")

@@ -71,7 +71,13 @@ def check_contract(folder: Path) -> list[Finding]:
     for name in PACKAGE_CONFIGS:
         if (folder / name).exists():
             findings += _package(_object(folder, name, findings), folder, name, prefixes)
-    return findings + list(_damage(folder, findings))
+    findings += list(_damage(folder, findings))
+    if not any(finding.severity == "error" for finding in findings):
+        try:
+            open_dist(folder)
+        except ArtifactError as error:
+            findings.append(Finding("directory", MANIFEST, "a directory that awq-compile opens", str(error), _AGAIN))
+    return findings
 
 
 def require_contract(folder: Path) -> None:
@@ -87,9 +93,8 @@ def require_contract(folder: Path) -> None:
 
 
 def _damage(folder: Path, findings: Sequence[Finding]) -> Iterator[Finding]:
-    """Files that are not those of the manifest, without those that `findings` name, and what else `inspect` refuses."""
-    errors = [finding for finding in findings if finding.severity == "error"]
-    named = {PurePosixPath(finding.where.partition(":")[0]).name for finding in errors}
+    """Files that are not those of the manifest, without those that errors among `findings` name already."""
+    named = {PurePosixPath(f.where.partition(":")[0]).name for f in findings if f.severity == "error"}
     try:
         manifest = read_manifest(folder / MANIFEST)
         CompileOptions.read(manifest.options)
@@ -106,11 +111,6 @@ def _damage(folder: Path, findings: Sequence[Finding]) -> Iterator[Finding]:
             expected, found = f"sha256 {entry.sha256}", f"sha256 {file_sha256(folder / name)}"
         if found != expected and PurePosixPath(name).name not in named:
             yield Finding("damaged-file", name, f"{expected}, as in {MANIFEST}", found, _AGAIN)
-    if not errors:
-        try:
-            open_dist(folder)
-        except ArtifactError as error:
-            yield Finding("directory", MANIFEST, "a directory that awq-compile opens", str(error), _AGAIN)
 
 
 def _package(data: Mapping[str, Any], folder: Path, name: str, prefixes: Mapping[str, str]) -> Iterator[Finding]:

@@ -282,6 +282,24 @@ def test_calibration_text_too_short(run: Run, model: Path, tmp_path: Path, text:
     assert list(Path().iterdir()) == []
 
 
+def test_rounding_says_that_it_reads_no_text(run: Run, model: Path, tmp_path: Path) -> None:
+    """A calibration text beside --method rtn, of the main job and of quantize."""
+    text = tmp_path / "calib.txt"
+    text.write_text("x")
+    for words in ((model,), ("quantize", model, "-o", "q")):
+        code, _, err = run(*words, *RTN, "--calib", text)
+        assert code == 0 and "calib.txt is not read" in err
+
+
+def test_an_evaluated_rounding_is_no_awq(run: Run, model: Path, tmp_path: Path) -> None:
+    """Rows of the report: the original, what was made, and no row for a method that was not used."""
+    text = tmp_path / "text.txt"
+    text.write_text("Now is the winter of our discontent. " * 40)
+    code, out, err = run(model, *RTN, "--target", "cpu:aarch64-linux-gnu", "--eval", text, "--json")
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)["report"]["evaluation"]["rows"]] == ["original", "rtn"]
+
+
 @pytest.mark.parametrize("content", [None, "too short", b"\xff\xfe\xff"])
 def test_an_evaluation_text_is_checked_first(
     run: Run, model: Path, tmp_path: Path, content: str | bytes | None, private_cache: Path
