@@ -19,6 +19,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,6 +70,7 @@ _DISK_ERRNOS: Final = {
     errno.EEXIST: "a file of that name is in the way",
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.EIO: "input/output error",
+    errno.ENAMETOOLONG: "the name is too long",
 }
 
 
@@ -247,6 +249,29 @@ def check_output(final: Path) -> None:
             f"{final} exists and was not written by awq-compile, so it is not replaced",
             hint="choose another folder with -o DIR",
         )
+
+
+def check_writable(folder: Path, option: str, given: Path) -> None:
+    """Raises `EnvironmentMissingError` unless files can be made in `folder`, which `given` of `option` needs.
+
+    The folder need not be there: it is made, and taken back.
+    """
+    made: list[Path] = []
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reasons = _DISK_ERRNOS | {errno.ENOENT: "no folder can be made there"}
+        raise EnvironmentMissingError(
+            f"cannot write {given}: {reasons.get(error.errno or 0, error.strerror)}",
+            hint=f"choose another folder with {option} DIR",
+        ) from None
+    finally:
+        for path in made:
+            with suppress(OSError):  # not made
+                path.rmdir()
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -83,9 +83,7 @@ def text_windows(text: Path | str, model_dir: Path, length: int, most: int | Non
     count = len(ids) // length
     if not count:
         what = text if isinstance(text, Path) else "the text"
-        raise CalibrationError(
-            f"{what} has {len(ids)} tokens, and one window needs {length}", hint="--window, or a longer text"
-        )
+        raise CalibrationError(f"{what} has {len(ids)} tokens, and one window needs {length}", hint="a longer text")
     return ids[: count * length].reshape(count, length)[:most]
 
 

@@ -95,11 +95,13 @@ class Dist:
     def library(self, target: str | None = None) -> Path:
         """The library for `target`, or the only (else the first) one."""
         libraries = self.manifest.libraries
-        name = target or next(iter(libraries), "")
+        if not libraries:
+            raise ArtifactError(f"{self.path / MANIFEST} names no library", hint="compile again")
+        name = next(iter(libraries)) if target is None else target
         if name not in libraries:
-            raise ArtifactError(
-                f"{self.path} has no library for target {name!r}, only for {', '.join(libraries) or 'none'}",
-                hint=f"awq-compile MODEL --target {name or 'cpu'}",
+            raise UsageError(
+                f"{self.path} has no library for target {name!r}, only for {', '.join(libraries)}",
+                hint=f"leave --target out, or compile the model with --target {name or 'cpu'}",
             )
         return self.path / libraries[name].path
 
@@ -154,7 +156,7 @@ def open_dist(path: Path) -> Dist:
         raise ArtifactError(
             f"{path} holds no {MANIFEST}, so it is not a compiled model", hint="awq-compile MODEL -o DIR writes one"
         )
-    manifest = _read_manifest(path / MANIFEST)
+    manifest = read_manifest(path / MANIFEST)
     for name, entry in manifest.files.items():
         _check_file(path, name, entry.nbytes, MANIFEST)
     for target, library in manifest.libraries.items():
@@ -210,8 +212,8 @@ def _check_file(root: Path, name: str, nbytes: int, where: str) -> None:
         )
 
 
-def _read_manifest(path: Path) -> Manifest:
-    """manifest.json, typed."""
+def read_manifest(path: Path) -> Manifest:
+    """manifest.json, typed. Raises `ArtifactError` for what is none."""
     data, where = json_object(path), str(path)
     if data.get("format") != FORMAT:
         raise ArtifactError(f"{where}: format is {data.get('format')!r:.80}, expected {FORMAT!r}")

@@ -20,8 +20,9 @@ from awq_compile.cli.evaluate import (
     measure,
     model_candidates,
     show,
+    windows_of_text,
 )
-from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme
+from awq_compile.cli.quantize import calibration_spec, choose_method, choose_scheme, tell_unread_text
 from awq_compile.errors import CompileError, UsageError
 from awq_compile.limits import DEFAULT_PAGE
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from awq_compile.awq.quantize import Method
     from awq_compile.chat.conv_template import ConvTemplate
     from awq_compile.cli.source import Source
+    from awq_compile.evaluate import I64
     from awq_compile.formats import QuantScheme
     from awq_compile.limits import CompileOptions
     from awq_compile.models.config import ModelConfig
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT: Final = 8192  # a longer window of the model is opt-in: the KV cache is allocated for it
 DEFAULT_PREFILL: Final = 512
 DEFAULT_BATCH: Final = 8
+_INT32_MAX: Final = 2**31 - 1
 
 _NOT_REPORTED = ("seconds", "library_bytes", "parameters")  # times differ between equal runs; the rest is elsewhere
 
@@ -151,7 +154,7 @@ def build(
     verbose: o.Verbose = False,
 ) -> None:
     """Quantise MODEL to INT4 by AWQ, compile it by TVM, package it for the MLC runtime, and verify the result."""
-    from awq_compile.artifact import check_output, tokenizer_files
+    from awq_compile.artifact import DistWriter, check_output, check_writable, tokenizer_files
     from awq_compile.chat.select import select_template
     from awq_compile.cli.source import find_model
     from awq_compile.models.config import read_config
@@ -171,6 +174,7 @@ def build(
     for one in targets:
         one.check_scheme(chosen)
         one.check_tools()  # not hours later
+    tell_unread_text(how, calib, output)
     source = find_model(model, output)
     if source.quantised:
         from awq_compile.awq.checkpoint import open_checkpoint
@@ -184,6 +188,9 @@ def build(
         chosen = chosen if asked_scheme else quantised.scheme
     final = out or Path("dist") / f"{source.name}-{chosen.name}"
     check_output(final)
+    check_writable(DistWriter(final).path, "-o", final)
+    if dump is not None:
+        check_writable(dump, "--dump", dump)
     config = read_config(source.path)
     tokenizer_files(source.path)
     conversation = select_template(source.path, config, conv_template)
@@ -200,6 +207,10 @@ def build(
         cuda_graphs,
     )
     _tell_memory(config, chosen, options, targets, output)
+    windows = None
+    if text is not None:  # an unusable text is said now, not when all else is done
+        size = min(DEFAULT_WINDOW, options.context_window_size)
+        windows = windows_of_text(text, source.path, size, eval_windows, "--eval")
     if not source.quantised:
         calibration = calibration_spec(config, calib, calib_samples, calib_length, seed)
         quantised = _quantised(source, chosen.in_order("NK"), calibration, how, output)
@@ -208,8 +219,10 @@ def build(
     )
     rows = []
     if text is not None and not source.quantised:
-        rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output), quantised.path]
-    _tell(job.run(text, eval_windows, rows), output)
+        rows = [cached(source, chosen.in_order("NK"), calibration, "rtn", output)]
+        if how == "awq":
+            rows.append(quantised.path)
+    _tell(job.run(text, windows, rows), output)
 
 
 def _common_scheme(targets: list[TargetSpec]) -> str:
@@ -258,6 +271,13 @@ def _options(
     if context is not None and window is not None:
         raise UsageError(
             "--context-window-size and --sliding-window-size exclude each other: a sequence either ends or slides"
+        )
+    most_batch = _INT32_MAX // config.vocab_size  # kernels count the elements of (sequences, vocabulary) in int32
+    if batch is not None and batch > most_batch:
+        raise UsageError(
+            f"--max-batch-size {batch} is more than {most_batch}, which the model's vocabulary of "
+            f"{config.vocab_size} allows: their product must be below 2^31",
+            hint=f"--max-batch-size {DEFAULT_BATCH}",
         )
     context = window or context or min(most, DEFAULT_CONTEXT)
     return CompileOptions(
@@ -310,10 +330,10 @@ class _Job:
     dump: Path | None
     output: Output
 
-    def run(self, text: Path | None, windows: int | None, measured: list[Path]) -> Built:
+    def run(self, text: Path | None, windows: I64 | None, measured: list[Path]) -> Built:
         """Writes the DIST: parameters, tokenizer, configuration, libraries, report, manifest.
 
-        With `text`, the report carries perplexities: of the original and the checkpoints `measured`
+        With `windows` of `text`, the report carries perplexities: of the original and the checkpoints `measured`
         (round-to-nearest, AWQ) when MODEL was floating-point, and of the library.
         """
         from awq_compile.artifact import DistWriter, versions
@@ -346,7 +366,9 @@ class _Job:
                 dist.write_text(file, text_of_app)
             dist.manifest(name, model.scheme, recorded)  # what the runtime needs to open it for the next two steps
             checks = self._verify(dist)
-            evaluation = self._evaluate(dist, text, windows, measured, checks) if text is not None else None
+            evaluation = None
+            if text is not None and windows is not None:
+                evaluation = self._evaluate(dist, text, windows, measured, checks)
             facts = {target: check.to_json() for target, check in checks.items()}
             report = build_report(
                 name, model, dist.path, dist.libraries, compiled, facts, recorded, versions(), evaluation
@@ -396,19 +418,18 @@ class _Job:
         return found
 
     def _evaluate(
-        self, dist: DistWriter, text: Path, windows: int | None, measured: list[Path], checks: Checks
+        self, dist: DistWriter, text: Path, windows: I64, measured: list[Path], checks: Checks
     ) -> dict[str, Any]:
         """Perplexities, of what this machine can run."""
         candidates = []
         if measured:
-            candidates = model_candidates(self.source.path, self.model.scheme, measured[0], measured[1])
+            candidates = model_candidates(self.source.path, self.model.scheme, *measured)
         else:
             label = f"{self.model.method} {self.model.scheme.name}, torch"
             candidates = [checkpoint_candidate(self.model.path, self.model.method, label)]
         if any(checks[target.name].ran and target.runs_here for target in self.targets):
             candidates.append(library_candidate(dist.path, "compiled library"))
-        window = min(DEFAULT_WINDOW, self.options.context_window_size)
-        return measure(candidates, text, self.model.path, window, windows, self.output)
+        return measure(candidates, text, windows, self.output)
 
 
 def _tell(built: Built, output: Output) -> None:

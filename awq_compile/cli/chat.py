@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 import typer
 
 from awq_compile.cli import options as o
-from awq_compile.cli.console import Output, seconds, shown
+from awq_compile.cli.console import Output, piped_text, seconds, shown
 from awq_compile.errors import AwqCompileError, UsageError
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def chat(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Which library of DIST.", show_default="the first")
-    ] = None,
+    target: o.Library = None,
     engine: Annotated[
         Literal["own", "mlc"], typer.Option(help="Our runtime, or the package mlc_llm where it is installed.")
     ] = "own",
@@ -79,7 +77,9 @@ def chat(
     interactive = message is None and sys.stdin.isatty()
     if interactive and as_json:
         raise UsageError("--json needs a message", hint='--message "Hello"')
-    said = message if message is not None or interactive else [_piped()]
+    said = message
+    if said is None and not interactive:
+        said = [piped_text().removesuffix("\n")]  # which `echo` adds
     conversation = Chat(opened, system=system, target=target)
     if said is None:
         _converse(conversation, sampling, opened, output)
@@ -90,14 +90,6 @@ def chat(
             raise UsageError("the message is empty", hint='--message "Hello"')
         answers.append(_say(conversation, one, sampling, output))
     output.result({"messages": [{"role": r, "content": t} for r, t in conversation.messages], "answers": answers})
-
-
-def _piped() -> str:
-    """All of stdin, without the line's end that `echo` adds."""
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"stdin is not UTF-8 text: {error}") from None
 
 
 def _mlc_chat(dist: Dist, target: str | None, output: Output) -> None:

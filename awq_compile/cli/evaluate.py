@@ -13,10 +13,10 @@ import typer
 
 from awq_compile.cli import options as o
 from awq_compile.cli.console import Bar, Output, shown
-from awq_compile.errors import UsageError
+from awq_compile.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
-    from awq_compile.evaluate import Logits
+    from awq_compile.evaluate import I64, Logits
     from awq_compile.formats import QuantScheme
 
 DEFAULT_WINDOW: Final = 512
@@ -48,6 +48,7 @@ def evaluate(
     calib_samples: o.CalibSamples = None,
     calib_length: o.CalibLength = None,
     seed: o.Seed = 0,
+    target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -61,31 +62,33 @@ def evaluate(
 
     output = Output(as_json, verbose)
     dists = [open_dist(Path(p)) for p in paths if is_dist(Path(p))]
+    for dist in dists:
+        dist.library(target)  # an error names the targets that there are
     checkpoints = [open_checkpoint(Path(p)) for p in paths if is_checkpoint(Path(p))]
     schemes = {QuantScheme.parse(dist.manifest.scheme) for dist in dists} | {q.scheme for q in checkpoints}
     chosen = (
         QuantScheme.parse(scheme) if scheme else schemes.pop() if len(schemes) == 1 else QuantScheme.parse("w4g128")
     ).in_order("NK")
+    sources = {word: find_model(word, output) for word in paths if not is_dist(Path(word))}
+    tokenizer = sources[paths[0]].path if paths[0] in sources else Path(paths[0])
+    content = text or bundled_text()
+    tokens = windows_of_text(content, tokenizer, window, windows, "--text", "or a smaller --window")
     candidates: list[Candidate] = []
-    tokenizer: Path | None = None
     for word in paths:
         path = Path(word)
         if is_dist(path):
-            candidates.append(library_candidate(path, f"compiled library, {shown(path)}"))
+            candidates.append(library_candidate(path, f"compiled library, {shown(path)}", target))
         elif is_checkpoint(path):
             candidates.append(checkpoint_candidate(path, "checkpoint", f"checkpoint, {shown(path)}"))
         else:
-            source = find_model(word, output)
-            path = source.path
+            source, path = sources[word], sources[word].path
             spec = calibration_spec(read_config(path), calib, calib_samples, calib_length, seed)
             rounded = cached(source, chosen, spec, "rtn", output)
             found = cached(source, chosen, spec, "awq", output)
             candidates[:0] = model_candidates(path, chosen, rounded, found)
-        tokenizer = tokenizer or path
     if len({c.name for c in candidates}) < len(candidates):  # several of a kind: their paths tell them apart
         candidates = [Candidate(f"{c.name} {i}", c.label, c.load) for i, c in enumerate(candidates, 1)]
-    assert tokenizer is not None
-    result = measure(candidates, text or bundled_text(), tokenizer, window, windows, output)
+    result = measure(candidates, content, tokens, output)
     show(result, output)
     output.result(result)
 
@@ -97,6 +100,19 @@ def bundled_text() -> Path:
     return Path(awq_compile.__file__).parent / "data" / "demo" / "heldout.txt"
 
 
+def windows_of_text(
+    text: Path, tokenizer_dir: Path, window: int, most: int | None, option: str, otherwise: str = ""
+) -> I64:
+    """The windows to measure on. An unusable text is an error that names `option`, and what to do `otherwise`."""
+    from awq_compile.evaluate import text_windows
+
+    try:
+        return text_windows(text, tokenizer_dir, window, most)
+    except CalibrationError as error:
+        wanted = f"{option} FILE with UTF-8 text of {window} tokens or more"
+        raise CalibrationError(str(error), hint=", ".join(filter(None, (wanted, otherwise)))) from None
+
+
 def cached(source: Any, scheme: QuantScheme, spec: Any, method: Any, output: Output) -> Path:
     """The cached checkpoint of a model, made now when it is not there."""
     from awq_compile.cli.source import cached_checkpoint, quantised
@@ -105,19 +121,21 @@ def cached(source: Any, scheme: QuantScheme, spec: Any, method: Any, output: Out
     return quantised(source, folder, scheme, spec, method, output).path
 
 
-def model_candidates(model_dir: Path, scheme: QuantScheme, rounded: Path, found: Path) -> list[Candidate]:
-    """The original, its rounding to nearest, and AWQ's checkpoint."""
+def model_candidates(model_dir: Path, scheme: QuantScheme, rounded: Path, found: Path | None = None) -> list[Candidate]:
+    """The original, its rounding to nearest, and AWQ's checkpoint where there is one."""
 
     def original() -> Logits:
         from awq_compile.evaluate import original_model, torch_logits
 
         return torch_logits(original_model(model_dir))
 
-    return [
+    candidates = [
         Candidate("original", "original", original),
         checkpoint_candidate(rounded, "rtn", f"round-to-nearest {scheme.name}, torch"),
-        checkpoint_candidate(found, "awq", f"AWQ {scheme.name}, torch"),
     ]
+    if found is not None:
+        candidates.append(checkpoint_candidate(found, "awq", f"AWQ {scheme.name}, torch"))
+    return candidates
 
 
 def checkpoint_candidate(path: Path, name: str, label: str) -> Candidate:
@@ -132,13 +150,13 @@ def checkpoint_candidate(path: Path, name: str, label: str) -> Candidate:
     return Candidate(name, label, load)
 
 
-def library_candidate(dist: Path, label: str) -> Candidate:
+def library_candidate(dist: Path, label: str, target: str | None = None) -> Candidate:
     """A compiled library, run by TVM."""
 
     def load() -> Logits:
         from awq_compile.runtime.engine import Engine
 
-        return Engine(dist).logits
+        return Engine(dist, target=target).logits
 
     return Candidate("library", label, load)
 
@@ -154,14 +172,12 @@ def _counted(windows: Any, bar: Bar) -> Iterator[Any]:
     bar.update(total, total, 0.0, f"{total} of {total}")
 
 
-def measure(
-    candidates: list[Candidate], text: Path, tokenizer_dir: Path, window: int, most: int | None, output: Output
-) -> dict[str, Any]:
-    """Scores every candidate on every window."""
-    from awq_compile.evaluate import paired_difference, score, text_windows
+def measure(candidates: list[Candidate], text: Path, windows: I64, output: Output) -> dict[str, Any]:
+    """Scores every candidate on every window of `text`."""
+    from awq_compile.evaluate import paired_difference, score
     from awq_compile.manifest import file_sha256
 
-    windows = text_windows(text, tokenizer_dir, window, most)
+    window = windows.shape[1]
     with output.bar(f"measuring {len(candidates)} models on windows of {window} tokens") as bar:
         loaded = {c.name: c.load() for c in candidates}
         scores = score(loaded, _counted(windows, bar), candidates[0].name)

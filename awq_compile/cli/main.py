@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         if isinstance(error, click_error):
-            _show(_usage_message(error), "awq-compile --help")
+            _show(_usage_message(error), " ".join(["awq-compile", *(w for w in words[:1] if w in VERBS), "--help"]))
             return ExitCode.USAGE
         if (clear := _environment(error)) is not None:
             if verbose:

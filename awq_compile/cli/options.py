@@ -50,6 +50,10 @@ Calib = Annotated[
 CalibSamples = Annotated[int | None, typer.Option(help="Windows of calibration text.", rich_help_panel=QUANT)]
 CalibLength = Annotated[int | None, typer.Option(help="Tokens in each window.", rich_help_panel=QUANT)]
 Seed = Annotated[int, typer.Option(help="Which windows are drawn.", rich_help_panel=QUANT)]
+Library = Annotated[
+    str | None,
+    typer.Option("--target", "-t", metavar="TARGET", help="Which library of DIST.", show_default="one that runs here"),
+]
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Text to measure on.", show_default="a bundled text")
 ]

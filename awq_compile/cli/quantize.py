@@ -10,7 +10,7 @@ import typer
 
 from awq_compile.cli import options as o
 from awq_compile.cli.console import Output, nbytes, seconds, shown
-from awq_compile.errors import UsageError
+from awq_compile.errors import CalibrationError, UsageError
 
 if TYPE_CHECKING:
     from awq_compile.awq.calibrate import CalibrationSpec
@@ -50,12 +50,23 @@ def choose_method(method: str) -> Method:
     raise UsageError(f"--method must be awq or rtn, got {method!r}", hint="--method awq")
 
 
+def tell_unread_text(method: Method, calib: str | None, output: Output) -> None:
+    """Rounding to nearest needs no calibration, so a text that is given changes nothing."""
+    if method == "rtn" and calib is not None:
+        output.step(f"--method rtn calibrates nothing, so --calib {calib} is not read")
+
+
 def calibration_spec(
     config: ModelConfig, calib: str | None, samples: int | None, length: int | None, seed: int
 ) -> CalibrationSpec:
-    """The calibration that the options describe; windows are at most as long as the model's context."""
-    from awq_compile.awq.calibrate import CalibrationSpec
+    """The calibration that the options describe; windows are at most as long as the model's context.
 
+    A text that is not there is an error also where it is not read, for the spec names checkpoints by its content.
+    """
+    from awq_compile.awq.calibrate import BUNDLED, CalibrationSpec
+
+    if calib is not None and calib != BUNDLED and not calib.startswith("datasets:") and not Path(calib).is_file():
+        raise CalibrationError(f"the calibration text {calib} is not a file", hint="--calib FILE")
     if length is None:
         length = min(CalibrationSpec.length, config.context_window_size)
     given: dict[str, Any] = {"source": calib, "samples": samples, "length": length, "seed": seed}
@@ -90,6 +101,7 @@ def quantize(
     output = Output(as_json, verbose)
     chosen = choose_scheme(scheme, bits, group_size, asymmetric, head_bits)
     how = choose_method(method)
+    tell_unread_text(how, calib, output)
     source = find_model(model, output)
     if source.quantised:
         raise UsageError(f"{model} is quantised already", hint=f"awq-compile {model} compiles it")

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from awq_compile.cli import options as o
-from awq_compile.cli.console import Output, seconds
+from awq_compile.cli.console import Output, piped_text, seconds
 from awq_compile.errors import UsageError
 
 DEFAULT_TOKENS: Final = 128
@@ -27,6 +27,7 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -36,7 +37,7 @@ def run(
     from awq_compile.runtime.engine import Engine
     from awq_compile.runtime.tokenizer import Tokenizer
 
-    engine, tokenizer = Engine(dist), Tokenizer(dist)
+    engine, tokenizer = Engine(dist, target=target), Tokenizer(dist)
     ids = tokenizer.encode(text)
     room = engine.context_window_size - len(ids)
     tokens = engine.generate(
@@ -81,9 +82,11 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} cannot be read: {error}", hint="--prompt-file FILE takes UTF-8 text") from None
     elif file is not None or not sys.stdin.isatty():
-        text = sys.stdin.read()
+        text = piped_text()
     else:
         raise UsageError("no prompt given", hint='--prompt "Once upon a time", or --prompt-file FILE')
+    from awq_compile.runtime.tokenizer import unicode_text
+
     if not text:
         raise UsageError("the prompt is empty", hint='--prompt "Once upon a time"')
-    return text
+    return unicode_text(text, "the prompt")

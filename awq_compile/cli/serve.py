@@ -19,9 +19,7 @@ def serve(
         Literal["local", "interactive", "server"],
         typer.Option(help="How much memory MLC takes: for a few requests, for one, or all."),
     ] = "local",
-    target: Annotated[
-        str | None, typer.Option("--target", "-t", help="Which library of DIST.", show_default="the first")
-    ] = None,
+    target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from awq_compile.tuning.sweep import Cell
 
 File = Annotated[
-    Path, typer.Argument(metavar="SWEEP.TOML", help="models, schemes and [[device]] tables; see the README.")
+    Path, typer.Argument(metavar="SWEEP.TOML", help=r"models, schemes and [\[device]] tables; see the README.")
 ]
 Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="For the report and for going on.")]
 
@@ -53,7 +53,8 @@ def sweep(file: File, out: Folder = Path("sweep"), as_json: o.Json = False, verb
     output.result({"report": str(out / "report.html"), "cells": rows})
     if failed := [result.cell.label for result in results if result.error]:
         raise CompileError(
-            f"{len(failed)} of {len(cells)} cells failed", hint="start the sweep again: it tries them again"
+            f"{len(failed)} of {len(cells)} cells failed",
+            hint="mend what each says above, then start the sweep again: it tries them again",
         )
 
 

@@ -38,6 +38,7 @@ def verify(
 
     output = Output(as_json, verbose)
     dist = open_dist(path)
+    dist.library()  # an error where there is none
     dist.verify()
     wanted = [resolve_target(name) for name in target or dist.manifest.libraries]
     kernels = [spec for spec in wanted if spec.has_device_code]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from awq_compile.contract.directory import (
@@ -19,7 +19,8 @@ from awq_compile.contract.finding import Finding
 from awq_compile.contract.library import check_library, read_library
 from awq_compile.deploy.package import DEVICES, PACKAGE_CONFIG
 from awq_compile.errors import ArtifactError, CompileError
-from awq_compile.manifest import MANIFEST
+from awq_compile.limits import CompileOptions
+from awq_compile.manifest import MANIFEST, file_sha256, open_dist, read_manifest
 
 # Of the apps that a DIST has a library for; a second one lies in a folder.
 PACKAGE_CONFIGS: Final = (PACKAGE_CONFIG, *(f"{device}/{PACKAGE_CONFIG}" for device in DEVICES))
@@ -39,6 +40,8 @@ def check_contract(folder: Path) -> list[Finding]:
             f"{folder / MANIFEST}: expected a compiled model's, found {error}", hint="awq-compile MODEL writes one"
         ) from None
     findings: list[Finding] = []
+    if not libraries:
+        findings.append(Finding("missing-library", f"{MANIFEST}: libraries", "one or more", "none", _AGAIN))
     config = _object(folder, CHAT_CONFIG, findings)
     if config:
         findings += check_config(config, folder)
@@ -68,6 +71,12 @@ def check_contract(folder: Path) -> list[Finding]:
     for name in PACKAGE_CONFIGS:
         if (folder / name).exists():
             findings += _package(_object(folder, name, findings), folder, name, prefixes)
+    findings += list(_damage(folder, findings))
+    if not any(finding.severity == "error" for finding in findings):
+        try:
+            open_dist(folder)
+        except ArtifactError as error:
+            findings.append(Finding("directory", MANIFEST, "a directory that awq-compile opens", str(error), _AGAIN))
     return findings
 
 
@@ -81,6 +90,27 @@ def require_contract(folder: Path) -> None:
             f"MLC's runtime would not take what was compiled:\n{lines}{more}",
             hint="this is a bug in awq-compile: --dump DIR shows what each pass did",
         )
+
+
+def _damage(folder: Path, findings: Sequence[Finding]) -> Iterator[Finding]:
+    """Files that are not those of the manifest, without those that errors among `findings` name already."""
+    named = {PurePosixPath(f.where.partition(":")[0]).name for f in findings if f.severity == "error"}
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+        CompileOptions.read(manifest.options)
+    except ArtifactError as error:
+        yield Finding("manifest", MANIFEST, "what awq-compile wrote", str(error), _AGAIN)
+        return
+    for name, entry in manifest.files.items():
+        if not is_inside(folder, name):
+            if PurePosixPath(name).name not in named:
+                yield Finding("missing-file", f"{MANIFEST}: files", "files in the directory", f"{name!r:.80}", _AGAIN)
+            continue
+        expected, found = f"{entry.nbytes} bytes", f"{(folder / name).stat().st_size} bytes"
+        if found == expected:
+            expected, found = f"sha256 {entry.sha256}", f"sha256 {file_sha256(folder / name)}"
+        if found != expected and PurePosixPath(name).name not in named:
+            yield Finding("damaged-file", name, f"{expected}, as in {MANIFEST}", found, _AGAIN)
 
 
 def _package(data: Mapping[str, Any], folder: Path, name: str, prefixes: Mapping[str, str]) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from awq_compile.contract.finding import Finding
 from awq_compile.errors import ArtifactError
+from awq_compile.runtime.tokenizer import Tokenizer
 
 CHAT_CONFIG: Final = "mlc-chat-config.json"
 TENSOR_CACHE: Final = "tensor-cache.json"
@@ -143,6 +144,11 @@ def _tokenizer(config: Mapping[str, Any], folder: Path) -> Iterator[Finding]:
     elif not any(set(group) <= set(names) for group in whole):
         where = f"{CHAT_CONFIG}: tokenizer_files"
         yield Finding("tokenizer", where, "the tokenizer's files, which MLCChat downloads", str(names), _AGAIN)
+    if is_inside(folder, "tokenizer.json"):
+        try:
+            Tokenizer(folder)
+        except ArtifactError as error:
+            yield Finding("tokenizer", "tokenizer.json", "a tokenizer", f"{error!s:.200}", _AGAIN)
 
 
 def check_tensors(cache: Mapping[str, Any], folder: Path) -> tuple[dict[str, Record], list[Finding]]:

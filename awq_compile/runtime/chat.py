@@ -10,7 +10,7 @@ from awq_compile.chat.conv_template import ConvTemplate, Message
 from awq_compile.errors import ArtifactError, UsageError
 from awq_compile.manifest import CHAT_CONFIG, Dist
 from awq_compile.runtime.engine import Engine
-from awq_compile.runtime.tokenizer import Tokenizer
+from awq_compile.runtime.tokenizer import Tokenizer, unicode_text
 
 Finish = Literal["stop", "max_tokens", "context", "interrupted"]
 
@@ -60,7 +60,7 @@ class Chat:
         self.template = conv_template(dist)
         self.engine = Engine(dist, target=target)
         self._tokenizer = Tokenizer(dist.path)
-        self._begin: list[Message] = [] if system is None else [("system", _checked(system))]
+        self._begin: list[Message] = [] if system is None else [("system", unicode_text(system, "the system message"))]
         self.last: Answer | None = None
         self.reset()
 
@@ -76,7 +76,7 @@ class Chat:
         `interrupted` is asked after each token. Raises `UsageError`, with nothing remembered, when the conversation
         does not fit the context window any more.
         """
-        asked = [*self.messages, ("user", _checked(message))]
+        asked = [*self.messages, ("user", unicode_text(message, "the message"))]
         prompt = [
             *self.template.system_prefix_token_ids,
             *self._tokenizer.encode(self.template.prompt(asked), special=False),
@@ -122,15 +122,6 @@ class Chat:
         text = "".join(said)
         self.last = Answer(text, tuple(made), len(prompt), reused, "interrupted" if stopped else finish)
         self.messages = [*asked, ("assistant", text)]
-
-
-def _checked(text: str) -> str:
-    """The text, which bytes of the command line that are no characters make unusable."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the message is not Unicode text: {error}") from None
-    return text
 
 
 class StopStrings:

@@ -16,11 +16,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from awq_compile.errors import ArtifactError, UsageError
+from awq_compile.errors import ArtifactError, AwqCompileError, UsageError
 from awq_compile.manifest import CHAT_CONFIG, Dist, open_dist
 from awq_compile.runtime.lean_tvm import Shape, tvm
 from awq_compile.runtime.memory import peak_memory_bytes
 from awq_compile.runtime.threads import use_threads
+from awq_compile.targets import resolve_target
 
 F32 = npt.NDArray[np.float32]
 
@@ -28,6 +29,7 @@ _POOLED: Final = 2  # TVM's AllocatorType::kPooled
 _CPU: Final = 1  # DLPack's kDLCPU
 _SEQUENCE: Final = 0  # the one sequence in the KV cache
 _ENDLESS: Final = 2**31 - 1
+COMPILE_HERE: Final = "awq-compile MODEL --target cpu"
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,11 @@ class Engine:
     """A library of a DIST, loaded with its weights on this machine's CPU."""
 
     def __init__(self, dist: Path | Dist, *, target: str | None = None, threads: int | None = None) -> None:
-        """`target` chooses among the libraries of the DIST. Raises `ArtifactError` for a damaged directory."""
+        """Loads the library for `target`, or one that runs here. Raises `ArtifactError` for a damaged directory."""
         self.dist = dist if isinstance(dist, Dist) else open_dist(dist)
         self.threads = use_threads(threads)
         self._device = tvm.cpu()
-        self._library = self.dist.library(target)
+        self._library = library_for_here(self.dist, target)
         self._vm = load_library(self.dist, self._library)
         self.metadata = read_metadata(self._vm, self._library)
         self._params = load_params(self.dist, self.metadata, self._device)
@@ -318,18 +320,40 @@ def library_function(vm: Any, name: str, library: Path) -> Any:
         raise ArtifactError(f"{library} has no function {name!r}", hint="compile again with this version") from None
 
 
+def library_for_here(dist: Dist, target: str | None = None) -> Path:
+    """The library for `target`; by default this CPU's, else that for CPUs like it, which may well load.
+
+    Raises `ArtifactError` for one that no CPU runs.
+    """
+    libraries = dist.manifest.libraries
+    loadable = [n for n, e in libraries.items() if e.tvm_target.get("kind") == "llvm" and not e.path.endswith(".tar")]
+    default = next(iter([*filter(_runs_here, loadable), *loadable]), None)
+    path = dist.library(target or default)
+    if (target or default) not in loadable:
+        raise ArtifactError(
+            f"{path} is no library that this machine's CPU loads, and {dist.path} has them for {', '.join(libraries)}",
+            hint=f"--target {default}" if default else f"compile for this machine: {COMPILE_HERE}",
+        )
+    return path
+
+
+def _runs_here(name: str) -> bool:
+    try:
+        return resolve_target(name).runs_here
+    except AwqCompileError:  # a name in a stranger's manifest
+        return False
+
+
 def load_library(dist: Dist, path: Path) -> Any:
     """The library's virtual machine, initialised on the CPU."""
     dist.verify_file(path)  # code is about to run: a changed byte may do anything
-    if path.suffix == ".tar":
-        raise ArtifactError(f"{path} holds objects to link into an app and cannot be loaded", hint="--target cpu")
     try:
         vm = tvm.runtime.load_module(str(path))["vm_load_executable"]()
         vm["vm_initialization"](_CPU, 0, _POOLED, _CPU, 0, _POOLED)
     except (RuntimeError, ValueError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise ArtifactError(
-            f"{path} cannot be loaded on this machine: {reason[0]}", hint="compile for this machine with --target cpu"
+            f"{path} cannot be loaded on this machine: {reason[0]}", hint=f"compile for this machine: {COMPILE_HERE}"
         ) from None
     return vm
 

@@ -64,18 +64,21 @@ def _environment() -> dict[str, str]:
 
 
 def find_mlc(dist: Dist, target: str | None = None) -> HandOver:
-    """Checks that MLC is installed and that its TVM loads the library for `target` (the first one without).
+    """Checks that MLC is installed and that its TVM loads the library for `target` (without: the first not for an app).
 
     Raises `EnvironmentMissingError` when it is not, and `ArtifactError` for a library that no engine here can load.
     """
-    library = dist.library(target)
-    name = next(key for key, entry in dist.manifest.libraries.items() if dist.path / entry.path == library)
-    kind = dist.manifest.libraries[name].tvm_target.get("kind")
-    if library.suffix == ".tar" or kind not in _DEVICES:
-        others = [key for key in dist.manifest.libraries if key != name]
+    devices = {
+        name: _DEVICES[kind]
+        for name, entry in dist.manifest.libraries.items()
+        if (kind := entry.tvm_target.get("kind")) in _DEVICES and not entry.path.endswith(".tar")
+    }
+    name = target or next(iter(devices), None)
+    library = dist.library(name)
+    if name is None or name not in devices:
         raise ArtifactError(
-            f"{library} ({name}) is for an app and cannot be loaded here",
-            hint=f"--target {others[0]}" if others else "awq-compile MODEL --target cpu",
+            f"{library} is for an app and cannot be loaded here",
+            hint=f"--target {next(iter(devices))}" if devices else "awq-compile MODEL --target cpu",
         )
     dist.verify_file(library)  # code is about to run: a changed byte may do anything
     python = settings.mlc_python()
@@ -93,7 +96,7 @@ def find_mlc(dist: Dist, target: str | None = None) -> HandOver:
         )
     differs = made.split(".")[:2] != has.split(".")[:2]
     warning = f"the library was made by TVM {made}, and MLC's is {has}: it loads, more is not known" if differs else ""
-    return HandOver(python, dist.path.resolve(), library.resolve(), _DEVICES[kind], warning)
+    return HandOver(python, dist.path.resolve(), library.resolve(), devices[name], warning)
 
 
 def _probe(python: str, library: Path) -> dict[str, Any]:

@@ -8,9 +8,18 @@ from typing import Any, Final
 
 from tokenizers import Tokenizer as _HFTokenizer
 
-from awq_compile.errors import ArtifactError
+from awq_compile.errors import ArtifactError, UsageError
 
 _INCOMPLETE: Final = "\N{REPLACEMENT CHARACTER}"  # what tokenizers puts for bytes that are no character (yet)
+
+
+def unicode_text(text: str, what: str) -> str:
+    """The text. Raises `UsageError` for bytes of a command line or a stream that are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is not Unicode text: {error}", hint="give it in UTF-8") from None
+    return text
 
 
 class Tokenizer:

@@ -197,7 +197,7 @@ def run_sweep(
         try:
             kernels, devices = tune(cell)
         except AwqCompileError as error:
-            yield CellResult(cell, [], {}, str(error)), False
+            yield CellResult(cell, [], {}, f"{error} ({error.hint})" if error.hint else str(error)), False
             continue
         with (folder / STATE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"cell": cell.key(), "kernels": kernels, "devices": devices}) + "\n")

@@ -81,11 +81,11 @@ def read_sidecar(library: Path) -> Sidecar:
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise ArtifactError(f"{path}: {size} bytes, and at most {_MAX_BYTES} are read")
         data = json.loads(path.read_text(encoding="utf-8"))
-        source = source_path(library).read_text(encoding="utf-8") if source_path(library).is_file() else ""
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON: {error}") from None
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    source = _source(source_path(library))
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
         raise ArtifactError(f"{path} is not a file of {FORMAT} in version {VERSION}")
     for what, found in (("library", file_sha256(library)), ("source", _digest(source) if source else None)):
@@ -97,6 +97,16 @@ def read_sidecar(library: Path) -> Sidecar:
     for name, table in tables.items():
         check_table(name, table, str(path))
     return Sidecar(tables, source)
+
+
+def _source(path: Path) -> str:
+    """CUDA C++; empty where there is none."""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not CUDA C++: {error}", hint="the file is damaged: compile again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def check_table(name: str, table: Any, where: str) -> None:

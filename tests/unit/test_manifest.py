@@ -11,7 +11,7 @@ import pytest
 from helpers_models import write_model
 from test_artifact import write
 
-from awq_compile.errors import ArtifactError
+from awq_compile.errors import ArtifactError, UsageError
 from awq_compile.formats import QuantScheme
 from awq_compile.manifest import file_sha256, is_dist, open_dist
 from awq_compile.models.config import read_config
@@ -135,5 +135,5 @@ def test_library_by_target(dist: Path) -> None:
     """The library of a target, the only one by default, and a clear error for another."""
     found = open_dist(dist)
     assert found.library() == found.library("cpu") == dist / "lib" / "tiny-w4g128-cpu.so"
-    with pytest.raises(ArtifactError, match="only for cpu"):
+    with pytest.raises(UsageError, match="only for cpu"):
         found.library("cuda")

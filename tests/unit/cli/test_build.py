@@ -246,6 +246,8 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], int, str]] = {
     "scheme": (change_config(), ["--scheme", "q4f32_1"], 2, "unknown quantisation format"),
     "target": (change_config(), ["--target", "cpi"], 2, "did you mean cpu"),
     "triple": (change_config(), ["--target", "cpu:!"], 2, "not an LLVM triple"),
+    "calib missing, not read": (change_config(), ["--method", "rtn", "--calib", "none.txt"], 1, "none.txt"),
+    "batch": (change_config(), ["--max-batch-size", "1000000000000"], 2, "1000000000000 is more than 524287"),
     "calib missing": (change_config(), ["--method", "awq", "--calib", "none.txt"], 1, "none.txt"),
 }
 
@@ -278,6 +280,39 @@ def test_calibration_text_too_short(run: Run, model: Path, tmp_path: Path, text:
     code, _, err = run(model, "--calib", tmp_path / "calib.txt")
     assert code == 1 and "calib.txt" in err
     assert list(Path().iterdir()) == []
+
+
+def test_rounding_says_that_it_reads_no_text(run: Run, model: Path, tmp_path: Path) -> None:
+    """A calibration text beside --method rtn, of the main job and of quantize."""
+    text = tmp_path / "calib.txt"
+    text.write_text("x")
+    for words in ((model,), ("quantize", model, "-o", "q")):
+        code, _, err = run(*words, *RTN, "--calib", text)
+        assert code == 0 and "calib.txt is not read" in err
+
+
+def test_an_evaluated_rounding_is_no_awq(run: Run, model: Path, tmp_path: Path) -> None:
+    """Rows of the report: the original, what was made, and no row for a method that was not used."""
+    text = tmp_path / "text.txt"
+    text.write_text("Now is the winter of our discontent. " * 40)
+    code, out, err = run(model, *RTN, "--target", "cpu:aarch64-linux-gnu", "--eval", text, "--json")
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)["report"]["evaluation"]["rows"]] == ["original", "rtn"]
+
+
+@pytest.mark.parametrize("content", [None, "too short", b"\xff\xfe\xff"])
+def test_an_evaluation_text_is_checked_first(
+    run: Run, model: Path, tmp_path: Path, content: str | bytes | None, private_cache: Path
+) -> None:
+    """A missing, a too short and a binary text: one error that names the option, before anything is quantised."""
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for words, option in (((model, *RTN, "--eval"), "--eval FILE"), (("eval", model, "--text"), "--text FILE")):
+        code, out, err = run(*words, text)
+        assert (code, out) == (1, "") and "text.txt" in err and "rounding" not in err
+        assert f"hint: {option} with UTF-8 text of " in err and "--calib" not in err
+    assert list(Path().iterdir()) == [] and not private_cache.exists()
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "folder"])
@@ -363,7 +398,36 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 def test_unwritable_output(run: Run, model: Path, read_only: Path) -> None:
     """An output that cannot be written ends with 3 and names the path."""
     code, _, err = run(model, *RTN, "-o", read_only / "dist")
-    assert code == 3 and "cannot write" in err and "dist" in err
+    assert code == 3 and "cannot write" in err and "dist" in err and "rounding" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "reason"),
+    [
+        ("-o", "file/sub", "a part of the path is not a directory"),
+        ("-o", "/proc/dist", "no folder can be made there"),
+        ("-o", "x" * 300, "the name is too long"),
+        ("-o", "x" * 250, "the name is too long"),  # that of what is written until the end
+        ("--dump", "file", "a file of that name is in the way"),
+        ("--dump", "/proc/dist", "no folder can be made there"),
+        ("--dump", "x" * 300, "the name is too long"),
+    ],
+)
+def test_folders_that_cannot_be_made(run: Run, model: Path, option: str, name: str, reason: str) -> None:
+    """Each option names its own folder before anything is quantised, and leaves nothing."""
+    Path("file").write_text("x")
+    code, out, err = run(model, *RTN, option, name)
+    assert (code, out) == (3, "") and "rounding" not in err
+    assert "cannot write" in err and name in err and reason in err
+    assert f"choose another folder with {option} DIR" in err
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
+def test_what_is_checked_is_taken_back(run: Run, model: Path) -> None:
+    """A model that is refused after its output was found writable leaves no folder."""
+    (model / "tokenizer.json").unlink()
+    assert run(model, *RTN, "-o", "a/b/c", "--dump", "d/e")[0] == 1
+    assert list(Path().iterdir()) == []
 
 
 def test_run_refuses_what_is_no_dist(run: Run, model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -84,6 +85,8 @@ def test_usage_errors(run: Run, words: list[str], message: str) -> None:
     code, out, err = run(*words)
     assert (code, out) == (2, "")
     assert message in err
+    verb = [word for word in words[:1] if word in VERBS]
+    assert err.endswith(" ".join(["  hint: awq-compile", *verb, "--help\n"]))
     assert "Traceback" not in err
 
 
@@ -176,3 +179,13 @@ def test_prompt_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match="cannot be read"):
         run_module.prompt_text(None, file)
+
+
+def test_a_prompt_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that are no characters, of the command line and of a stream of either kind, are usage errors."""
+    with pytest.raises(UsageError, match="the prompt is not Unicode text"):
+        run_module.prompt_text("\udcff", None)
+    for errors, message in (("surrogateescape", "not Unicode text"), ("strict", "stdin is not UTF-8 text")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors=errors))
+        with pytest.raises(UsageError, match=message):
+            run_module.prompt_text(None, Path("-"))

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from helpers_cli import Run
 from helpers_tuning import FakeMeasurer
 
 import awq_compile
-from awq_compile.cli import tune
-from awq_compile.errors import UsageError
+from awq_compile.cli import sweep, tune
+from awq_compile.errors import CompileError, UsageError
 from awq_compile.tuning.sweep import Cell, SweepDevice, read_sweep
 
 DEMO = Path(awq_compile.__file__).parent / "data" / "demo"
@@ -61,6 +61,25 @@ def test_a_sweep_goes_on_and_reports(run: Run, monkeypatch: pytest.MonkeyPatch, 
     (out / "sweep.jsonl").write_text("{}\n")
     code, _, err = run("sweep", file, "--out", out)
     assert code == 1 and "sweep.jsonl is damaged" in err
+
+
+def test_a_failed_cell_says_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hint of what ended it stands beside its error."""
+
+    def damaged(*_: object) -> None:
+        raise CompileError("x.trials is damaged", hint="remove x.trials")
+
+    monkeypatch.setattr(sweep, "_tune_cell", damaged)
+    file = tmp_path / "sweep.toml"
+    file.write_text(SWEEP)
+    code, _, err = run("sweep", file, "--out", tmp_path / "out")
+    assert code == 1 and "x.trials is damaged (remove x.trials)" in err
+    assert "hint: mend what each says above, then start the sweep again" in err
+
+
+def test_help_shows_brackets(run: Run) -> None:
+    """Which are no markup in the name of a table."""
+    assert "[[device]]" in run("sweep", "--help")[1]
 
 
 def test_a_sweep_is_the_product_of_its_lists(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +34,8 @@ def test_what_an_app_may_have_to_add_is_a_warning(dist: Path) -> None:
     *_, own = read_objects(dist / ANDROID)
     assert "TVMFFIHandleInitOnce" in own.defined and own.undefined == {"TVMFFIErrorSetRaisedFromCStrParts"}
     in_bytes(ANDROID, own.data, own.data.replace(b"HandleInitOnce", b"HandleInitTwice"[:14]))(dist)
+    digest = hashlib.sha256((dist / ANDROID).read_bytes()).hexdigest()
+    in_json(MANIFEST, lambda data: data["files"][ANDROID].update(sha256=digest))(dist)
     (warning,) = check_contract(dist)
     assert warning.severity == "warning" and "TVMFFIHandleInitOnce" in warning.where
     require_contract(dist)
@@ -147,6 +150,28 @@ def without(*keys: str) -> Fault:
         del data[keys[-1]]
 
     return in_json(CONFIG, change)
+
+
+def changed_byte(file: str) -> Fault:
+    """In the middle, where nothing that is read says what must be there."""
+
+    def fault(dist: Path) -> None:
+        data = bytearray((dist / file).read_bytes())
+        data[len(data) // 2] ^= 1
+        (dist / file).write_bytes(data)
+
+    return fault
+
+
+def as_tokenizer(text: str) -> Fault:
+    return lambda dist: (dist / "tokenizer.json").write_text(text) and None
+
+
+def strange_file(dist: Path) -> None:
+    """A file outside, of the size and the digest that the manifest says."""
+    (dist.parent / "x").write_bytes(b"x")
+    entry = {"nbytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    in_json(MANIFEST, lambda data: data["files"].update({"../x": entry}))(dist)
 
 
 CACHE_CREATE = "vm.builtin.paged_attention_kv_cache_create"
@@ -299,6 +324,41 @@ FAULTS: dict[str, tuple[Fault, str, tuple[str, ...]]] = {
         "unreadable-library",
         (CPU, "not an object file"),
     ),
+    "no libraries": (
+        in_json(MANIFEST, lambda data: data.update(libraries={})),
+        "missing-library",
+        ("manifest.json: libraries", "none"),
+    ),
+    "a tokenizer that ends early": (as_tokenizer("{"), "tokenizer", ("tokenizer.json: expected a tokenizer",)),
+    "a tokenizer that is a list": (as_tokenizer("[]"), "tokenizer", ("tokenizer.json: expected a tokenizer",)),
+    "a file that leads out": (strange_file, "missing-file", ("manifest.json: files", "'../x'")),
+    "a missing file": (
+        lambda dist: (dist / "lib/config.json").unlink(),
+        "missing-file",
+        ("lib/config.json",),
+    ),
+    "a longer file": (
+        lambda dist: (dist / "lib/config.json").write_bytes(b" " * 9) and None,
+        "damaged-file",
+        ("lib/config.json", "bytes, as in manifest.json", "9 bytes"),
+    ),
+    "a changed library": (changed_byte(ANDROID), "damaged-file", (ANDROID, "sha256", "as in manifest.json")),
+    "a changed parameter": (changed_byte("params_shard_0.bin"), "damaged-file", ("params_shard_0.bin", "sha256")),
+    "no options": (
+        in_json(MANIFEST, lambda data: data.update(options={})),
+        "manifest",
+        ("manifest.json", "context_window_size"),
+    ),
+    "an option of another type": (
+        in_json(MANIFEST, lambda data: data["options"].update(page_size="x")),
+        "manifest",
+        ("manifest.json", "page_size is 'x'"),
+    ),
+    "a library that is not among the files": (
+        in_json(MANIFEST, lambda data: data["files"].pop(ANDROID)),
+        "directory",
+        ("android.tar", "not among its files"),
+    ),
     "no configuration": (lambda dist: (dist / CONFIG).unlink(), "missing-file", (CONFIG,)),
 }
 
@@ -327,6 +387,13 @@ def test_the_command_tells_people_and_programs(dist: Path, capsys: pytest.Captur
     result = json.loads(capsys.readouterr().out)
     (error,) = (f for f in result["findings"] if f["severity"] == "error")
     assert not result["passed"] and error["where"] == "tiny-w4g32-cpu.so: prefill"
+
+
+def test_verify_has_no_library_to_run(dist: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing that was verified is no success."""
+    in_json(MANIFEST, lambda data: data.update(libraries={}))(dist)
+    assert main(["verify", str(dist)]) == 1
+    assert "manifest.json names no library" in capsys.readouterr().err
 
 
 def test_what_is_no_dist_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,9 +18,11 @@ from helpers_build import save_hf_config
 from helpers_dist import write_float_dist, write_manifest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from awq_compile.cli.main import main
 from awq_compile.errors import ArtifactError, UsageError
 from awq_compile.limits import CompileOptions
-from awq_compile.runtime.engine import Engine, sample
+from awq_compile.manifest import Dist, LibraryEntry, open_dist
+from awq_compile.runtime.engine import Engine, library_for_here, sample
 
 SIZES = CompileOptions(context_window_size=80, prefill_chunk_size=16, max_batch_size=2)
 LIBRARY = "lib/tiny-cpu.so"
@@ -137,6 +139,48 @@ def test_bench_reports_speeds(engine: Engine) -> None:
     assert 0 < result.prefill.least <= result.prefill.median <= result.prefill.most
     assert 0 < result.decode.least <= result.decode.median <= result.decode.most
     assert result.peak_memory_bytes > 1 << 20
+
+
+def test_the_library_that_runs_here_is_taken(made: tuple[Any, Path], tmp_path: Path) -> None:
+    """Whatever stands before it; a target that is named is taken, and one that no CPU loads is refused."""
+    dist = open_dist(made[1])
+    cpu = dist.manifest.libraries["cpu"]
+    other = LibraryEntry("lib/other.so", {"kind": "llvm"})
+    phone = LibraryEntry("lib/phone.tar", {"kind": "opencl"})
+
+    def having(**libraries: LibraryEntry) -> Dist:
+        return replace(dist, manifest=replace(dist.manifest, libraries=libraries))
+
+    several = having(phone=phone, other=other, cpu=cpu)
+    assert library_for_here(several) == Engine(several)._library == dist.path / LIBRARY
+    assert library_for_here(several, "other") == library_for_here(having(phone=phone, other=other))
+    for wrong, hint in ((several, "--target cpu"), (having(phone=phone), "compile for this machine")):
+        with pytest.raises(ArtifactError, match=r"lib/phone.tar is no library that this machine's CPU loads") as caught:
+            library_for_here(wrong, "phone")
+        assert (caught.value.hint or "").startswith(hint)
+    with pytest.raises(UsageError, match="no library for target 'vulkan', only for phone, other, cpu"):
+        library_for_here(several, "vulkan")
+    with pytest.raises(ArtifactError, match="names no library"):
+        library_for_here(having())
+
+
+def test_verbs_name_the_library(made: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """run, bench and eval have --target; one that DIST lacks is a usage error."""
+    for words in (["run", "--prompt", "x"], ["bench"], ["eval"]):
+        verb, *rest = words
+        assert main([verb, str(made[1]), *rest, "--target", "metal"]) == 2
+        assert "no library for target 'metal', only for cpu" in capsys.readouterr().err
+
+
+def test_bench_fits_the_context_window(made: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """By default; what is asked for and does not fit is named with the option that would."""
+    assert main(["bench", str(made[1]), "--runs", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prefill_tokens"], found["decode_tokens"]) == (40, 40)
+    for words, hint in ((["--prompt-tokens", "99999"], "--prompt-tokens 40"), (["--new-tokens", "80"], "--new-tokens")):
+        assert main(["bench", str(made[1]), *words]) == 2
+        err = capsys.readouterr().err
+        assert "do not fit the library's context window of 80" in err and f"hint: {hint}" in err
 
 
 def _edit(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
