@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from awq_compile.tuning.templates import (
 
 _MOST: Final = 1 << 24  # of N and K
 _TEXT: Final = 200  # characters of a name
+_WORD: Final = re.compile(r"[A-Za-z0-9_.:@+-]{0,64}")  # may become a part of a file's name
 
 
 @cache
@@ -135,14 +137,14 @@ def parse_record(line: str) -> Record:
         _text(device, "name"), _text(device, "kind"), _text(device, "driver"), _integer(device, "units")
     )
     return Record(
-        machine=_text(data, "machine"),
-        preset=_text(data, "preset"),
+        machine=_word(data, "machine"),
+        preset=_word(data, "preset"),
         problem=problem,
         bucket=bucket,
         rows=rows,
         schedule=schedule,
         template_version=_integer(data, "template_version"),
-        tvm=_text(data, "tvm"),
+        tvm=_word(data, "tvm"),
         device=fingerprint,
         **{name: _seconds(data, name) for name in ("seconds", "low", "high", "untuned_seconds", "roofline_seconds")},
         trials=_integer(data, "trials"),
@@ -181,8 +183,14 @@ def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _text(data: dict[str, Any], key: str) -> str:
-    if not isinstance(value := data.get(key), str) or len(value) > _TEXT:
-        raise CompileError(f"{key} is {value!r:.60}, expected a string of at most {_TEXT} characters")
+    if not isinstance(value := data.get(key), str) or len(value) > _TEXT or not value.isprintable():
+        raise CompileError(f"{key} is {value!r:.60}, expected a line of at most {_TEXT} characters")
+    return value
+
+
+def _word(data: dict[str, Any], key: str) -> str:
+    if not _WORD.fullmatch(value := _text(data, key)):
+        raise CompileError(f"{key} is {value!r:.60}, expected letters, digits and . _ - + : @, at most 64 of them")
     return value
 
 
