@@ -143,6 +143,14 @@ def is_dist(path: Path) -> bool:
         return False
 
 
+def unlisted_files(dist: Path) -> list[str]:
+    """Files in a DIST that its manifest does not name."""
+    listed = json_object(dist / MANIFEST).get("files")
+    known = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+    found = (p.relative_to(dist).as_posix() for p in dist.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(name for name in found if name not in known)
+
+
 def open_dist(path: Path) -> Dist:
     """Reads and checks a DIST; `Dist.verify` compares the digests too.
 

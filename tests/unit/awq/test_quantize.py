@@ -21,6 +21,7 @@ from awq_compile.awq.checkpoint import is_checkpoint, open_checkpoint
 from awq_compile.awq.quantize import quantize_model
 from awq_compile.errors import AwqCompileError, CalibrationError, EnvironmentMissingError, ModelError, UsageError
 from awq_compile.formats import QuantScheme
+from awq_compile.ours import MARK
 
 SCHEME = QuantScheme.parse("w4g32-h8")
 
@@ -172,6 +173,31 @@ def test_a_finished_checkpoint_is_kept_or_replaced_only_on_request(model: Path, 
     (tmp_path / "mine").mkdir()
     with pytest.raises(UsageError, match="is no checkpoint"):
         quantize_model(model, tmp_path / "mine", other, spec(text), replace=True)
+
+
+@pytest.mark.parametrize("names", [("notes.txt",), ("checkpoint/m",), ("a.b/c", "lock"), ("lock", "partial.json")])
+def test_a_folder_of_the_users_in_our_place_is_left_alone(
+    model: Path, text: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """`q.partial` without our mark is refused by name, whatever is in it."""
+    for name in names:
+        (tmp_path / "q.partial" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "q.partial" / name).write_text("{}")
+    with pytest.raises(UsageError, match=r"q\.partial is needed .* did not write"):
+        quantize_model(model, tmp_path / "q", SCHEME, spec(text))
+    found = (p.relative_to(tmp_path / "q.partial").as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert sorted(found) == sorted(names)
+
+
+def test_anything_goes_from_a_folder_of_ours(model: Path, text: Path, tmp_path: Path) -> None:
+    """What a kill left of other inputs is cleared, directories as well, before the work starts afresh."""
+    left = tmp_path / "q.partial"
+    for folder in ("checkpoint", "replaced", "a.b"):
+        (left / folder).mkdir(parents=True)
+        (left / folder / "x").write_text("x")
+    (left / MARK).touch()
+    quantize_model(model, tmp_path / "q", SCHEME, spec(text), method="rtn", replace=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
 
 
 def test_two_at_once_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
