@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from awq_compile.errors import ModelError
+from awq_compile.json_input import read_object
 from awq_compile.models.architectures import Architecture, find_architecture
 
 T = TypeVar("T")
@@ -20,22 +20,8 @@ class JsonFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            if path.stat().st_size > _MAX_CONFIG_BYTES:
-                raise ModelError(f"{path}: {path.stat().st_size} bytes, and at most {_MAX_CONFIG_BYTES} are read")
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelError(
-                f"{path} does not exist",
-                hint="give a Hugging Face directory: config.json, *.safetensors, tokenizer.json",
-            ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ModelError(f"{path} is not JSON: {error}") from None
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-        if not isinstance(value, dict):
-            raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
-        self.data: dict[str, Any] = value
+        hint = "give a Hugging Face directory: config.json, *.safetensors, tokenizer.json"
+        self.data = read_object(path, ModelError, _MAX_CONFIG_BYTES, hint=hint)
 
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED, *, within: dict[str, Any] | None = None) -> T:
         """Value of `key` as `kind` (an int is taken for a float); null counts as absent."""
@@ -47,7 +33,7 @@ class JsonFile:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ModelError(f"{self.path}: {key} is {value!r}, expected {kind.__name__}")
+            raise ModelError(f"{self.path}: {key} is {value!r:.80}, expected {kind.__name__}")
         return value
 
     def positive(self, key: str, default: Any = _REQUIRED, *, most: int = 1 << 24) -> int:

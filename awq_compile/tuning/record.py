@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from awq_compile.errors import AwqCompileError, CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
+from awq_compile.json_input import parse_json
 from awq_compile.problem import ROW_BUCKETS, MatmulProblem, decode_problem, serves
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.fingerprint import Fingerprint
@@ -116,8 +117,8 @@ def preset_of(spec: TargetSpec) -> str:
 def parse_record(line: str) -> Record:
     """Inverse of `Record.line`, for a line from outside. Raises `CompileError` saying what does not fit."""
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(line)
+    except ValueError as error:
         raise CompileError(f"not JSON: {error}") from None
     if not isinstance(data, dict):
         raise CompileError(f"a JSON object is expected, found {type(data).__name__}")
