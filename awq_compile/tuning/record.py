@@ -8,7 +8,6 @@ Lines come from outside as well, from another machine or by hand: every value is
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -31,6 +30,7 @@ from awq_compile.tuning.templates import (
 )
 
 _MOST: Final = 1 << 24  # of N and K
+_SHORTEST, _LONGEST = 1e-12, 1e6  # seconds of a kernel
 _TEXT: Final = 200  # characters of a name
 _WORD: Final = re.compile(r"[A-Za-z0-9_.:@+-]{0,64}")  # may become a part of a file's name
 
@@ -201,8 +201,12 @@ def _integer(data: dict[str, Any], key: str) -> int:
     return value
 
 
+def are_seconds(value: Any) -> bool:
+    """Whether a value from outside is a time that a kernel can take."""
+    return type(value) in (int, float) and _SHORTEST <= value <= _LONGEST
+
+
 def _seconds(data: dict[str, Any], key: str) -> float:
-    value = data.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise CompileError(f"{key} is {value!r:.60}, expected seconds")
-    return float(value)
+    if not are_seconds(value := data.get(key)):
+        raise CompileError(f"{key} is {value!r:.60}, expected seconds from {_SHORTEST:g} to {_LONGEST:g}")
+    return float(value)  # type: ignore[arg-type]
