@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from awq_compile.awq.checkpoint import LinearReport, write_json
-from awq_compile.errors import EnvironmentMissingError, UsageError
+from awq_compile.errors import CheckpointError, EnvironmentMissingError
 from awq_compile.models.weights import read_header
 from awq_compile.ours import MARK, clear, foreign, is_ours, remove, taken
 
@@ -90,8 +90,9 @@ class WorkDirectory:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self._lock.close()
-                raise UsageError(
-                    f"{self.root} is in use by another quantisation", hint="wait for it, or choose another -o"
+                raise CheckpointError(
+                    f"another awq-compile is writing {self.out}",
+                    hint="wait for it: then the same command takes what it made",
                 ) from None
 
     def prepare(self, key: dict[str, Any]) -> tuple[int, bool]:

@@ -19,7 +19,14 @@ from awq_compile.awq import work as work_module
 from awq_compile.awq.calibrate import CalibrationSpec
 from awq_compile.awq.checkpoint import is_checkpoint, open_checkpoint
 from awq_compile.awq.quantize import quantize_model
-from awq_compile.errors import AwqCompileError, CalibrationError, EnvironmentMissingError, ModelError, UsageError
+from awq_compile.errors import (
+    AwqCompileError,
+    CalibrationError,
+    CheckpointError,
+    EnvironmentMissingError,
+    ModelError,
+    UsageError,
+)
 from awq_compile.formats import QuantScheme
 from awq_compile.ours import MARK
 
@@ -205,8 +212,12 @@ def test_two_at_once_are_refused(model: Path, text: Path, tmp_path: Path) -> Non
 
     def second(done: int, _total: int, _left: float | None, _message: str) -> None:
         if done == 1:
-            with pytest.raises(UsageError, match="in use by another quantisation"):
+            with pytest.raises(CheckpointError, match=r"another awq-compile is writing .*/out") as caught:
                 quantize_model(model, tmp_path / "out", SCHEME, spec(text))
+            assert (caught.value.exit_code, caught.value.hint) == (
+                1,
+                "wait for it: then the same command takes what it made",
+            )
 
     quantize_model(model, tmp_path / "out", SCHEME, spec(text), on_progress=second)
     assert is_checkpoint(tmp_path / "out")
