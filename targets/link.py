@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -12,11 +13,20 @@ from pathlib import Path
 from typing import Final
 
 from awq_compile import settings
-from awq_compile.errors import CompileError, EnvironmentMissingError
+from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
 from awq_compile.targets.windows import support_files
 
 _ROOM_BYTES: Final = 1 << 20  # free space beyond the objects' own size below which a failed linker had too little
+_TRIPLE: Final = re.compile(r"[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 _LINKED: Final = {"linux": ".so", "android": ".so", "macos": ".dylib", "darwin": ".dylib"}
+
+
+def check_triple(target: str, triple: str) -> None:
+    """Raises `UsageError` unless the host in a target's name is an LLVM triple."""
+    if not _TRIPLE.fullmatch(triple):
+        raise UsageError(
+            f"{target}: {triple!r} is not an LLVM triple, as x86_64-linux-gnu is", hint="awq-compile targets lists some"
+        )
 
 
 def library_suffix(triple: str) -> str:
