@@ -266,7 +266,7 @@ def check_output(final: Path) -> None:
                 )
             if others := unlisted_files(final):
                 raise UsageError(
-                    f"{final} holds {len(others)} files that its {MANIFEST} does not name, so it is not replaced: "
+                    f"{final} holds files that its {MANIFEST} does not name, so it is not replaced: "
                     f"{', '.join(others):.200}",
                     hint="move them away, or choose another folder with -o DIR",
                 )

@@ -35,6 +35,8 @@ def parse_json(text: str) -> Any:
         value = json.loads(text, parse_int=integer, parse_float=number, parse_constant=number)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
@@ -80,8 +82,8 @@ def read_object(
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
     except ValueError as problem:
-        what = ":" if type(problem) is ValueError else " is not JSON:"
-        raise error(f"{path}{what} {problem}", hint="correct it, or get the file again") from None
+        why = "not UTF-8 text" if isinstance(problem, UnicodeDecodeError) else problem
+        raise error(f"{path}: {why}", hint="correct it, or get the file again") from None
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

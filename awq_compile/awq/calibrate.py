@@ -81,9 +81,7 @@ def _line_text(line: str, number: int, path: Path) -> str:
     try:
         value = parse_json(line)
     except ValueError as problem:
-        raise CalibrationError(
-            f"{path}, line {number}, is not JSON: {problem}", hint="correct the line, or leave it out"
-        ) from None
+        raise CalibrationError(f"{path}, line {number}: {problem}", hint="correct the line, or leave it out") from None
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise CalibrationError(

@@ -89,7 +89,7 @@ def read_header(path: Path, error: type[ModelError] | type[Exception] = ModelErr
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
     except ValueError as problem:
-        raise damaged(f"its header is not JSON ({problem})") from None
+        raise damaged(f"its header cannot be read ({problem})") from None
     if not isinstance(header, dict):
         raise damaged("its header is not a JSON object")
     header.pop("__metadata__", None)

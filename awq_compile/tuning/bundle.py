@@ -235,7 +235,7 @@ def _object(line: str) -> dict[str, Any]:
     try:
         data = parse_json(line)
     except ValueError as error:
-        raise CompileError(f"not JSON: {error}") from None
+        raise CompileError(str(error)) from None
     if not isinstance(data, dict):
         raise CompileError(f"a JSON object is expected, found {type(data).__name__}")
     return data

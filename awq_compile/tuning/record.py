@@ -119,7 +119,7 @@ def parse_record(line: str) -> Record:
     try:
         data = parse_json(line)
     except ValueError as error:
-        raise CompileError(f"not JSON: {error}") from None
+        raise CompileError(str(error)) from None
     if not isinstance(data, dict):
         raise CompileError(f"a JSON object is expected, found {type(data).__name__}")
     known = {f.name for f in fields(Record)}
