@@ -109,7 +109,7 @@ def _run(command: list[str], output: Path, folder: Path, needed: int, hint: str)
     for place in (output.parent, folder, settings.cache_dir()):  # a linker without space may end without a word
         if place.exists() and (free := shutil.disk_usage(place).free) < needed + _ROOM_BYTES:
             raise EnvironmentMissingError(
-                f"cannot link {output}: the disk is full, {place} has {free} bytes free",
+                f"cannot link {output.name}: the disk is full, {place} has {free} bytes free",
                 hint="free some space, or choose another folder with -o DIR",
             )
     why = done.stderr.strip()[-2000:] or done.stdout.strip()[-2000:] or _ended(done.returncode)

@@ -43,7 +43,7 @@ def test_a_linker_without_space(tmp_path: Path, objects: list[Path], monkeypatch
     usage = link.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(link.shutil, "disk_usage", lambda _path: usage._replace(free=2 << 20))
     monkeypatch.setenv("AWQ_COMPILE_LINKER", "sh -c 'kill -7 $$'")
-    with pytest.raises(EnvironmentMissingError, match=rf"{tmp_path}/demo\.so: the disk is full, .* 2097152 bytes free"):
+    with pytest.raises(EnvironmentMissingError, match=r"cannot link demo\.so: the disk is full, .* 2097152 bytes free"):
         link_shared("x86_64-linux-gnu", tmp_path / "demo.so", objects)
 
 
