@@ -7,7 +7,8 @@
         dist.commit(manifest data)
 
 Leaving the block without `commit`, by an error or Ctrl-C, removes what was written; a SIGKILL leaves the
-hidden sibling, which the next run removes. The final name only ever holds a whole DIST.
+hidden sibling, which the next run removes. The final name only ever holds a whole DIST. Hidden siblings are known by
+our mark (`ours`) while they are written, by their manifest when they are whole.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from awq_compile.manifest import (
     dump_json,
     file_sha256,
     is_dist,
+    unlisted_files,
 )
 from awq_compile.models.parameters import Parameter
 from awq_compile.models.stored import WeightSource, stored_arrays
+from awq_compile.ours import MARK, clear, foreign, is_ours, remove, taken
 
 SHARD_BYTES: Final = 32 << 20  # MLC's; a larger tensor gets a shard of its own
 
@@ -109,8 +112,7 @@ class DistWriter:
 
     def __init__(self, final: Path) -> None:
         self.final = final.resolve()
-        self.path = self.final.parent / f".{self.final.name}.partial"
-        self._old = self.final.parent / f".{self.final.name}.old"
+        self.path, self._old = _hidden(self.final)
         self._lock: int | None = None
         self._made_parents = [parent for parent in self.final.parents if not parent.exists()]
         self.libraries: dict[str, LibraryEntry] = {}
@@ -120,6 +122,7 @@ class DistWriter:
         try:
             self._begin()
         except BaseException:
+            self._unlock()
             self._remove_parents()
             raise
         return self
@@ -133,14 +136,19 @@ class DistWriter:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                os.close(self._lock)
                 raise ArtifactError(
                     f"another awq-compile is writing {self.final}", hint="wait for it, or choose -o DIR"
                 ) from None
-            shutil.rmtree(self._old, ignore_errors=True)
-            for left in self.path.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            check_output(self.final)
+            (self.path / MARK).touch()
+            _remove_dist(self._old)
+            clear(self.path, MARK)
             (self.path / "lib").mkdir()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _remove_parents(self) -> None:
         """Takes back the folders that were made for a DIST that did not come to be."""
@@ -151,10 +159,8 @@ class DistWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
+        _remove_dist(self.path)
+        self._unlock()
         if not self.final.exists():
             self._remove_parents()
 
@@ -206,7 +212,7 @@ class DistWriter:
 
     def manifest(self, model: str, scheme: QuantScheme, options: dict[str, Any]) -> Manifest:
         """Writes manifest.json for the files written so far."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name != MANIFEST)
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in (MANIFEST, MARK))
         entries = {p.relative_to(self.path).as_posix(): FileEntry(p.stat().st_size, file_sha256(p)) for p in files}
         manifest = Manifest(model, scheme.name, self.libraries, options, versions(), entries)
         self.write_text(MANIFEST, manifest.dumps())
@@ -217,12 +223,13 @@ class DistWriter:
         assert (self.path / MANIFEST).is_file()
         check_output(self.final)
         with disk_errors(self.final):
+            (self.path / MARK).unlink()
             if self.final.is_dir() and any(self.final.iterdir()):
                 if _exchange(self.path, self.final):
                     return  # the old DIST now has the hidden name, and __exit__ removes it
                 self.final.rename(self._old)
             self.path.rename(self.final)
-            shutil.rmtree(self._old, ignore_errors=True)
+            _remove_dist(self._old)
 
 
 def tokenizer_files(folder: Path) -> list[str]:
@@ -236,19 +243,40 @@ def tokenizer_files(folder: Path) -> list[str]:
     return names
 
 
+def _hidden(final: Path) -> tuple[Path, Path]:
+    """Where a DIST is written, and where the former one waits for its end if two names cannot be swapped."""
+    folder = final.resolve()
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+
+
+def _remove_dist(folder: Path) -> None:
+    """Removes a hidden sibling, if it is there."""
+    with suppress(OSError):
+        remove(folder, MANIFEST, MARK)
+
+
 def check_output(final: Path) -> None:
-    """Refuses to replace anything but an empty directory or a DIST."""
+    """Refuses to replace or remove anything but empty directories and what we wrote ourselves."""
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         raise UsageError(f"{final} exists and is not a directory", hint="choose another folder with -o DIR")
     try:
-        taken = final.is_dir() and any(final.iterdir()) and not is_dist(final)
+        if final.is_dir() and any(final.iterdir()):
+            if not is_dist(final):
+                raise UsageError(
+                    f"{final} exists and was not written by awq-compile, so it is not replaced",
+                    hint="choose another folder with -o DIR",
+                )
+            if others := unlisted_files(final):
+                raise UsageError(
+                    f"{final} holds files that its {MANIFEST} does not name, so it is not replaced: "
+                    f"{', '.join(others):.200}",
+                    hint="move them away, or choose another folder with -o DIR",
+                )
+        for folder in _hidden(final):
+            if taken(folder) and not is_ours(folder) and (not is_dist(folder) or unlisted_files(folder)):
+                raise foreign(folder)
     except OSError as error:
         raise disk_error(error, final) or error from None
-    if taken:
-        raise UsageError(
-            f"{final} exists and was not written by awq-compile, so it is not replaced",
-            hint="choose another folder with -o DIR",
-        )
 
 
 def check_writable(folder: Path, option: str, given: Path) -> None:

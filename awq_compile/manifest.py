@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from awq_compile.errors import ArtifactError, UsageError
 from awq_compile.formats import QuantScheme
+from awq_compile.json_input import read_object
 
 FORMAT: Final = "awq-compile dist"
 VERSION: Final = 1
@@ -35,6 +36,7 @@ CHAT_CONFIG: Final = "mlc-chat-config.json"
 TENSOR_CACHE: Final = "tensor-cache.json"
 
 _MAX_JSON_BYTES: Final = 256 << 20
+_MAX_RANK, _MAX_SIZE = 8, 1 << 48  # of an array
 _DTYPES: Final = {"uint32": 4, "uint8": 1, "float16": 2, "float32": 4}
 T = TypeVar("T")
 
@@ -145,6 +147,14 @@ def is_dist(path: Path) -> bool:
         return False
 
 
+def unlisted_files(dist: Path) -> list[str]:
+    """Files in a DIST that its manifest does not name."""
+    listed = json_object(dist / MANIFEST).get("files")
+    known = {MANIFEST, *(listed if isinstance(listed, dict) else ())}
+    found = (p.relative_to(dist).as_posix() for p in dist.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(name for name in found if name not in known)
+
+
 def open_dist(path: Path) -> Dist:
     """Reads and checks a DIST; `Dist.verify` compares the digests too.
 
@@ -172,17 +182,7 @@ def open_dist(path: Path) -> Dist:
 
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
-    try:
-        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-            raise ArtifactError(f"{path}: {size} bytes, and at most {_MAX_JSON_BYTES} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from None
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(path, ArtifactError, _MAX_JSON_BYTES)
 
 
 def json_field(data: Any, key: str, kind: type[T], where: str) -> T:
@@ -196,7 +196,8 @@ def json_field(data: Any, key: str, kind: type[T], where: str) -> T:
 def _check_file(root: Path, name: str, nbytes: int, where: str) -> None:
     """`name` must be a relative path to a regular file inside `root`, of `nbytes` bytes."""
     pure = PurePosixPath(name)
-    plain = bool(re.fullmatch(r"[\w.+@/ -]+", name)) and str(pure) == name
+    plain = all(len(part) < 256 for part in pure.parts) and len(name) < 1024
+    plain = plain and bool(re.fullmatch(r"[\w.+@/ -]+", name)) and str(pure) == name
     if not plain or pure.is_absolute() or ".." in pure.parts:
         raise ArtifactError(f"{root / where}: {name!r} is not a path within the directory")
     path = root / name
@@ -264,8 +265,11 @@ def _read_tensor_cache(root: Path) -> tuple[TensorRecord, ...]:
             offset, nbytes = json_field(item, "byteOffset", int, where), json_field(item, "nbytes", int, where)
             if dtype not in _DTYPES or json_field(item, "format", str, where) != "raw":
                 raise ArtifactError(f"{where}: dtype {dtype!r} and format {item['format']!r} are not supported")
-            if not all(isinstance(d, int) and not isinstance(d, bool) and d > 0 for d in shape):
-                raise ArtifactError(f"{where}: shape is {shape}, expected positive integers")
+            if len(shape) > _MAX_RANK or not all(type(d) is int and 0 < d <= _MAX_SIZE for d in shape):
+                raise ArtifactError(
+                    f"{where}: shape is {shape!s:.80}, expected positive integers up to {_MAX_SIZE}, and at most "
+                    f"{_MAX_RANK} of them"
+                )
             if nbytes != math.prod(shape) * _DTYPES[dtype]:
                 raise ArtifactError(
                     f"{where}: {nbytes} bytes, and {dtype} {shape} takes {math.prod(shape) * _DTYPES[dtype]}"

@@ -9,6 +9,7 @@ from awq_compile.errors import UsageError
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.cpu import cpu_target
 from awq_compile.targets.cuda import cuda_target
+from awq_compile.targets.link import check_triple
 from awq_compile.targets.metal import metal_target
 from awq_compile.targets.opencl import android_target, opencl_target
 from awq_compile.targets.vulkan.target import vulkan_target
@@ -35,6 +36,8 @@ def resolve_target(name: str) -> TargetSpec:
     words, _, host = name.partition("@")
     preset, _, argument = words.partition(":")
     if preset in _GPUS:
+        if host:
+            check_triple(name, host)
         return _GPUS[preset](argument, host)
     near = difflib.get_close_matches(name, ["cpu", *_GPUS, *_EXAMPLES], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known targets: cpu, {', '.join(_GPUS)}"

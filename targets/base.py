@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from awq_compile import settings
 from awq_compile.errors import UsageError
 from awq_compile.formats import QuantScheme
 from awq_compile.problem import MatmulProblem
@@ -52,8 +53,11 @@ class TargetSpec(ABC):
             )
 
     def check_tools(self) -> None:
-        """Raises `EnvironmentMissingError` naming what to install where compiling needs what this machine lacks."""
-        return
+        """Raises `EnvironmentMissingError` naming what to install where compiling needs what this machine lacks.
+
+        Also `UsageError`, for settings that compiling and checking read later.
+        """
+        settings.linker(), settings.num_threads()
 
     @property
     def has_device_code(self) -> bool:

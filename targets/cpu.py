@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from awq_compile.errors import UsageError
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import GemmSchedule, GemvSchedule, LinearSchedule
 from awq_compile.targets.base import TargetSpec
-from awq_compile.targets.link import library_suffix, llvm_triple
+from awq_compile.targets.link import check_triple, library_suffix, llvm_triple
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ GENERIC: Final = VectorUnit("generic", 4, 16, "", ())
 
 _DEFAULT_CPU: Final = {"x86_64": "x86-64-v3", "aarch64": "generic", "arm64": "apple-m1", "riscv64": "generic-rv64"}
 _UNIT: Final = {"x86_64": AVX2, "aarch64": NEON, "arm64": NEON, "riscv64": RV64GC}
-_TRIPLE: Final = re.compile(r"[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ def cpu_target(argument: str) -> CpuTarget:
     if not argument:
         return _host()
     triple, _, cpu = argument.partition("@")
-    if not _TRIPLE.fullmatch(triple):
-        raise UsageError(f"cpu:{argument}: {triple!r} is not an LLVM triple", hint="for example cpu:aarch64-linux-gnu")
+    check_triple(f"cpu:{argument}", triple)
     arch = triple.split("-")[0]
     unit = AVX512 if cpu in _AVX512_CPUS else _UNIT.get(arch, GENERIC)
     return _make(f"cpu:{argument}", triple, cpu or _DEFAULT_CPU.get(arch, "generic"), unit, runs_here=False)

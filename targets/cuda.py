@@ -275,6 +275,7 @@ class CudaTarget(GpuTarget):
 
     def check_tools(self) -> None:
         """nvcc, or for one architecture NVRTC and its headers."""
+        super().check_tools()
         if shutil.which("nvcc"):
             return
         if len(self.archs) > 1:

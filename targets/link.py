@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,10 +13,20 @@ from pathlib import Path
 from typing import Final
 
 from awq_compile import settings
-from awq_compile.errors import CompileError, EnvironmentMissingError
+from awq_compile.errors import CompileError, EnvironmentMissingError, UsageError
 from awq_compile.targets.windows import support_files
 
+_ROOM_BYTES: Final = 1 << 20  # free space beyond the objects' own size below which a failed linker had too little
+_TRIPLE: Final = re.compile(r"[a-z0-9_.]+(-[a-z0-9_.]+){1,3}")
 _LINKED: Final = {"linux": ".so", "android": ".so", "macos": ".dylib", "darwin": ".dylib"}
+
+
+def check_triple(target: str, triple: str) -> None:
+    """Raises `UsageError` unless the host in a target's name is an LLVM triple."""
+    if not _TRIPLE.fullmatch(triple):
+        raise UsageError(
+            f"{target}: {triple!r} is not an LLVM triple, as x86_64-linux-gnu is", hint="awq-compile targets lists some"
+        )
 
 
 def library_suffix(triple: str) -> str:
@@ -50,11 +63,11 @@ def link_shared(triple: str, output: Path, objects: list[Path]) -> None:
     Windows wants to know whose they are: see `windows`. A compiler driver that the user names for the target
     (`settings.linker`) takes zig's place.
     """
-    target = zig_target(triple)
+    target, needed = zig_target(triple), sum(path.stat().st_size for path in objects)
     with tempfile.TemporaryDirectory(prefix="awq-link-") as folder:  # the linker leaves files where it runs
 
         def zig(command: list[str]) -> None:
-            _zig(command, output.name, Path(folder))
+            _zig(command, output, Path(folder), needed)
 
         extra = []
         if target.endswith("macos"):
@@ -64,7 +77,7 @@ def link_shared(triple: str, output: Path, objects: list[Path]) -> None:
         inputs = [str(path.resolve()) for path in objects]
         arguments = ["-shared", "-nostdlib", "-g0", *extra, "-o", str(output.resolve()), *inputs]
         if linker := settings.linker():
-            _run([*linker, *arguments], output.name, Path(folder), "check AWQ_COMPILE_LINKER")
+            _run([*linker, *arguments], output, Path(folder), needed, "check AWQ_COMPILE_LINKER")
         else:
             zig(["cc", "-target", target, *arguments])
 
@@ -75,20 +88,34 @@ def init_once_object(triple: str, folder: Path) -> Path:
     with as_file(files("awq_compile.targets") / "init_once.c") as source:
         options = ["-c", "-O2", "-fPIC", "-ffreestanding", "-g0"]
         arguments = ["-target", zig_target(triple), *options, "-o", str(output), str(source.resolve())]
-        _zig(["cc", *arguments], output.name, folder)
+        _zig(["cc", *arguments], output, folder, 0)
     return output
 
 
-def _zig(command: list[str], what: str, folder: Path) -> None:
-    _run([sys.executable, "-m", "ziglang", *command], what, folder, "pip install ziglang")
+def _zig(command: list[str], output: Path, folder: Path, needed: int) -> None:
+    _run([sys.executable, "-m", "ziglang", *command], output, folder, needed, "pip install ziglang")
 
 
-def _run(command: list[str], what: str, folder: Path, hint: str) -> None:
+def _run(command: list[str], output: Path, folder: Path, needed: int, hint: str) -> None:
+    """Runs a linker in `folder`; `needed` are the bytes that the output takes at least."""
     cache = str(settings.cache_dir().resolve() / "zig")
     environment = settings.environment() | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     except OSError as error:
         raise EnvironmentMissingError(f"the linker could not be started: {error}", hint=hint) from None
-    if done.returncode:
-        raise CompileError(f"linking {what} failed: {done.stderr.strip()[-2000:]}", hint=hint)
+    if done.returncode == 0:
+        return
+    for place in (output.parent, folder, settings.cache_dir()):  # a linker without space may end without a word
+        if place.exists() and (free := shutil.disk_usage(place).free) < needed + _ROOM_BYTES:
+            raise EnvironmentMissingError(
+                f"cannot link {output.name}: the disk is full, {place} has {free} bytes free",
+                hint="free some space, or choose another folder with -o DIR",
+            )
+    why = done.stderr.strip()[-2000:] or done.stdout.strip()[-2000:] or _ended(done.returncode)
+    raise CompileError(f"linking {output.name} failed: {why}", hint=hint)
+
+
+def _ended(status: int) -> str:
+    """How a linker ended that said nothing; a negative status is that of a signal."""
+    return f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"it ended with exit status {status}"

@@ -16,7 +16,7 @@ PACKAGE = Path(awq_compile.__file__).parent
 # From the bottom up. The longest matching prefix decides. What a model *is* (its configuration, names and
 # files) is data that the quantiser reads; how it is *computed* (decoder, KV cache) lies above the targets.
 LAYERS = (
-    ("errors", "settings"),
+    ("errors", "settings", "ours", "json_input"),
     ("formats", "limits", "reference", "problem", "schedules"),
     ("models.architectures", "models.config", "models.parameters", "models.weights", "models"),
     ("awq", "targets"),

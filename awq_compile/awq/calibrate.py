@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq_compile.errors import CalibrationError, EnvironmentMissingError, ModelError, UsageError
+from awq_compile.json_input import parse_json
 from awq_compile.models.config import ModelConfig
 
 BUNDLED: Final = "bundled"
@@ -79,9 +79,9 @@ def _is_utf8(raw: bytes) -> bool:
 
 def _line_text(line: str, number: int, path: Path) -> str:
     try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as problem:
-        raise CalibrationError(f"{path}, line {number}, is not JSON: {problem}") from None
+        value = parse_json(line)
+    except ValueError as problem:
+        raise CalibrationError(f"{path}, line {number}: {problem}", hint="correct the line, or leave it out") from None
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise CalibrationError(

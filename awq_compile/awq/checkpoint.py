@@ -124,7 +124,8 @@ class QuantizedModel:
         zero = None if spec.symmetric else np.asarray(self._read(stem + "q_zero"), np.uint8)
         if zero is not None and int(zero.max(initial=0)) >= spec.levels:
             raise CheckpointError(
-                f"{self.path}: {stem}q_zero holds {int(zero.max())}, at most {spec.levels - 1} is allowed"
+                f"{self.path}: {stem}q_zero holds {int(zero.max())}, at most {spec.levels - 1} is allowed",
+                hint=_again(self.path),
             )
         packed = np.asarray(self._read(stem + "q_weight"), np.uint32)
         return QuantizedMatrix(spec.in_order("NK"), packed, scale, zero).in_order(spec.order)
@@ -136,7 +137,7 @@ class QuantizedModel:
     def _finite(self, name: str) -> F16:
         value = np.asarray(self._read(name), np.float16)
         if not np.isfinite(value).all():
-            raise CheckpointError(f"{self.path}: {name} holds NaN or infinite values")
+            raise CheckpointError(f"{self.path}: {name} holds NaN or infinite values", hint=_again(self.path))
         return value
 
     def _read(self, name: str) -> npt.NDArray[Any]:
@@ -148,7 +149,9 @@ class QuantizedModel:
             with safe_open(self._files[name], framework="numpy") as file:
                 return np.array(file.get_tensor(name))
         except (OSError, SafetensorError) as problem:
-            raise CheckpointError(f"{self._files[name]}: {name} cannot be read: {problem}") from None
+            raise CheckpointError(
+                f"{self._files[name]}: {name} cannot be read: {problem}", hint=_again(self.path)
+            ) from None
 
 
 def _spec(scheme: QuantScheme, name: str) -> WeightSpec:
@@ -164,6 +167,11 @@ def checkpoint_arrays(config: ModelConfig, scheme: QuantScheme) -> Iterator[tupl
             continue
         for suffix, (found, dtype) in _spec(scheme, name).arrays(shape[0], shape[1]).items():
             yield name.removesuffix("weight") + suffix, found, dtype
+
+
+def _again(path: Path) -> str:
+    """The hint of damage, for a checkpoint of the user's and for one in the cache."""
+    return f"remove {path}, and quantise the model again"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -190,10 +198,10 @@ def open_checkpoint(path: Path) -> QuantizedModel:
         reports = tuple(LinearReport.from_json(entry) for entry in file.get("reports", list))
         config = read_config(path)
         files = _check_arrays(path, config, scheme)
-    except CheckpointError:
-        raise
+    except CheckpointError as problem:
+        raise CheckpointError(str(problem), hint=problem.hint or _again(path)) from None
     except AwqCompileError as problem:  # a ModelError or UsageError about what lies inside the checkpoint
-        raise CheckpointError(f"{path} is damaged: {problem}") from None
+        raise CheckpointError(f"{path} is damaged: {problem}", hint=_again(path)) from None
     return QuantizedModel(path, config, scheme, method, reports, file.data, files)
 
 

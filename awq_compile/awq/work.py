@@ -1,5 +1,6 @@
 """The work directory of a quantisation: what makes it resumable, and its output all or nothing.
 
+    OUT.partial/.awq-compile             the mark that it is ours (`ours`), and the lock
     OUT.partial/partial.json             what determines the bytes; another one starts afresh
     OUT.partial/hidden-00002.safetensors hidden states after the last finished layer
     OUT.partial/checkpoint/              becomes OUT by one rename, when everything is in it
@@ -23,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from awq_compile.awq.checkpoint import LinearReport, write_json
-from awq_compile.errors import EnvironmentMissingError, UsageError
+from awq_compile.errors import CheckpointError, EnvironmentMissingError
 from awq_compile.models.weights import read_header
+from awq_compile.ours import MARK, clear, foreign, is_ours, remove, taken
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -46,8 +48,8 @@ def contiguous(arrays: Arrays) -> Arrays:
 def clear_finished(out: Path) -> None:
     """Removes what a kill right after the last rename leaves beside a finished `out`."""
     root = out.parent / f"{out.name}.partial"
-    if root.is_dir() and not (root / "checkpoint").exists():
-        shutil.rmtree(root)
+    if (root / MARK).is_file() and not (root / "checkpoint").exists():
+        remove(root, MARK)
 
 
 class WorkDirectory:
@@ -64,6 +66,8 @@ class WorkDirectory:
             while not parent.exists():
                 self._made_parents.append(parent)
                 parent = parent.parent
+            if taken(self.root) and not is_ours(self.root):
+                raise foreign(self.root)
             free = shutil.disk_usage(parent).free
             held = sum(f.stat().st_size for f in self.root.rglob("*") if f.is_file()) if self.root.exists() else 0
             if free + held < needed_bytes:
@@ -71,8 +75,9 @@ class WorkDirectory:
                     f"{parent} has {free / 1e6:.0f} MB free, and quantising needs {needed_bytes / 1e6:.0f} MB there",
                     hint="free some space, or choose another disk with -o",
                 )
-            self.checkpoint.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.root / "lock").open("ab")
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.root / MARK).open("ab")
+            self.checkpoint.mkdir(exist_ok=True)
         except OSError as problem:
             self._remove_parents()
             raise EnvironmentMissingError(
@@ -85,8 +90,9 @@ class WorkDirectory:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self._lock.close()
-                raise UsageError(
-                    f"{self.root} is in use by another quantisation", hint="wait for it, or choose another -o"
+                raise CheckpointError(
+                    f"another awq-compile is writing {self.out}",
+                    hint="wait for it: then the same command takes what it made",
                 ) from None
 
     def prepare(self, key: dict[str, Any]) -> tuple[int, bool]:
@@ -104,9 +110,7 @@ class WorkDirectory:
             dropped = True
         if not same:
             dropped = dropped or record.exists()
-            shutil.rmtree(self.checkpoint)
-            for path in self.root.glob("*.*"):
-                path.unlink()
+            clear(self.root, MARK)
             self.checkpoint.mkdir()
             self._write(lambda path: write_json(path, key), record)
         for path in [*self.root.glob("*.tmp"), *self.checkpoint.glob("*.tmp")]:
@@ -205,7 +209,7 @@ class WorkDirectory:
         self.checkpoint.rename(self.out)
         sync(self.out.parent)
         self.close()
-        shutil.rmtree(self.root)
+        remove(self.root, MARK)
 
     def close(self) -> None:
         """Gives the lock back; what is finished stays for the next run."""
@@ -216,7 +220,8 @@ class WorkDirectory:
     def discard(self) -> None:
         """Leaves nothing behind."""
         self.close()
-        shutil.rmtree(self.root, ignore_errors=True)
+        with suppress(OSError):
+            remove(self.root, MARK)
         self._remove_parents()
 
     def _remove_parents(self) -> None:

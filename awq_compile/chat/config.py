@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.chat.conv_template import ConvTemplate
 from awq_compile.errors import ModelError
 from awq_compile.formats import QuantScheme
+from awq_compile.json_input import read_object
 from awq_compile.limits import CompileOptions
 from awq_compile.manifest import dump_json
 from awq_compile.models.config import JsonFile, ModelConfig, token_ids
 
+_MAX_TOKENIZER_BYTES: Final = 256 << 20
 _VERSION: Final = "0.1.0"  # of the file's format, MLC's
 
 # What a request gets that does not say: key → (MLC's default, least, most). The engine refuses other values.
@@ -101,10 +102,7 @@ def tokenizer_info(path: Path) -> dict[str, Any]:
     `token_postproc_method`: byte_level when the decoder's last part of that kind says so, else byte_fallback;
     `prepend_space_in_encode`: the normaliser prepends ▁; `strip_space_in_decode`: the decoder strips one leading space.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from None
+    data = read_object(path, ModelError, _MAX_TOKENIZER_BYTES)
     decoders, normalizers = (_parts(data, kind, kind + "s") for kind in ("decoder", "normalizer"))
     kinds = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
     methods = [kinds[one["type"]] for one in decoders if one.get("type") in kinds]

@@ -29,13 +29,6 @@ class JinjaTemplate:
     variables: dict[str, str]  # bos_token, eos_token, …
     where: str  # for messages
 
-    def __post_init__(self) -> None:
-        for text in (self.text, *self.variables.values()):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair
-                raise ModelError(f"{self.where}: not Unicode text: {error}") from None
-
 
 @dataclass(frozen=True)
 class Refused:

@@ -52,7 +52,7 @@ def chat(
             min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.", show_default="the model's"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=o.MAX_SEED, help="Seed of the draws.")] = 0,
     target: o.Library = None,
     engine: Annotated[
         Literal["own", "mlc"], typer.Option(help="Our runtime, or the package mlc_llm where it is installed.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -145,11 +144,17 @@ def _gpu_targets() -> list[Finding]:
 
 def _cache() -> Finding:
     from awq_compile import settings
+    from awq_compile.artifact import check_writable
+    from awq_compile.errors import EnvironmentMissingError
 
     folder = settings.cache_dir()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    writable = os.access(existing, os.W_OK)
+    try:
+        check_writable(folder, "AWQ_COMPILE_CACHE", folder)
+        writable = True
+    except EnvironmentMissingError:
+        writable = False
     found = f"{folder}, {nbytes(free)} free" + ("" if writable else ", not writable")
     return Finding("keep checkpoints", writable, found, "export AWQ_COMPILE_CACHE=DIR")
 

@@ -49,7 +49,8 @@ Calib = Annotated[
 ]
 CalibSamples = Annotated[int | None, typer.Option(help="Windows of calibration text.", rich_help_panel=QUANT)]
 CalibLength = Annotated[int | None, typer.Option(help="Tokens in each window.", rich_help_panel=QUANT)]
-Seed = Annotated[int, typer.Option(help="Which windows are drawn.", rich_help_panel=QUANT)]
+MAX_SEED = (1 << 32) - 1  # the most that every generator takes
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Which windows are drawn.", rich_help_panel=QUANT)]
 Library = Annotated[
     str | None,
     typer.Option("--target", "-t", metavar="TARGET", help="Which library of DIST.", show_default="one that runs here"),

@@ -26,7 +26,7 @@ def run(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this total.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=o.MAX_SEED, help="Seed of the draws.")] = 0,
     target: o.Library = None,
     as_json: o.Json = False,
     verbose: o.Verbose = False,

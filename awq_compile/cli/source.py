@@ -77,6 +77,8 @@ def _refuse_foreign(path: Path) -> None:
         raise _not_available(f"an .onnx file ({onnx.name})")
     if (path / "quantize_config.json").is_file() or (path / "quant_config.json").is_file():
         raise _not_available("a checkpoint of another quantiser (AutoGPTQ or AutoAWQ)")
+    if not config.is_file():
+        return  # `read_config` says what is wrong with it
     try:
         data = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

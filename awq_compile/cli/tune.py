@@ -37,7 +37,7 @@ Seconds = Annotated[
     float | None,
     typer.Option("--seconds", min=1.0, help="For all kernels together.", rich_help_panel=HOW, show_default="no limit"),
 ]
-Seed = Annotated[int, typer.Option(help="Of the search and of the inputs.", rich_help_panel=HOW)]
+Seed = Annotated[int, typer.Option(min=0, max=o.MAX_SEED, help="Of the search and of the inputs.", rich_help_panel=HOW)]
 Patience = Annotated[
     int, typer.Option(min=1, help="Candidates without a better one that end a search.", rich_help_panel=HOW)
 ]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from awq_compile.errors import ModelError
+from awq_compile.json_input import read_object
 from awq_compile.models.architectures import Architecture, find_architecture
 
 T = TypeVar("T")
 _REQUIRED: Final = object()
 _MAX_CONFIG_BYTES: Final = 4 << 20
+_LEAST: Final = 1e-12
+_CORRECT: Final = "give the value that the model was trained with"
 
 
 class JsonFile:
@@ -20,22 +22,8 @@ class JsonFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            if path.stat().st_size > _MAX_CONFIG_BYTES:
-                raise ModelError(f"{path}: {path.stat().st_size} bytes, and at most {_MAX_CONFIG_BYTES} are read")
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelError(
-                f"{path} does not exist",
-                hint="give a Hugging Face directory: config.json, *.safetensors, tokenizer.json",
-            ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ModelError(f"{path} is not JSON: {error}") from None
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}") from None
-        if not isinstance(value, dict):
-            raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
-        self.data: dict[str, Any] = value
+        hint = "give a Hugging Face directory: config.json, *.safetensors, tokenizer.json"
+        self.data = read_object(path, ModelError, _MAX_CONFIG_BYTES, hint=hint)
 
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED, *, within: dict[str, Any] | None = None) -> T:
         """Value of `key` as `kind` (an int is taken for a float); null counts as absent."""
@@ -47,14 +35,29 @@ class JsonFile:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ModelError(f"{self.path}: {key} is {value!r}, expected {kind.__name__}")
+            raise ModelError(f"{self.path}: {key} is {value!r:.80}, expected {kind.__name__}")
         return value
 
-    def positive(self, key: str, default: Any = _REQUIRED, *, most: int = 1 << 24) -> int:
-        """Value of `key` as an integer in 1..most."""
-        value = self.get(key, int, default)
-        if not 0 < value <= most:
-            raise ModelError(f"{self.path}: {key} is {value}, expected 1 to {most}")
+    def positive(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        *,
+        least: int = 1,
+        most: int = 1 << 24,
+        within: dict[str, Any] | None = None,
+    ) -> int:
+        """Value of `key` as an integer in least..most."""
+        value = self.get(key, int, default, within=within)
+        if not least <= value <= most:
+            raise ModelError(f"{self.path}: {key} is {value!s:.40}, expected {least} to {most}", hint=_CORRECT)
+        return value
+
+    def number(self, key: str, default: Any = _REQUIRED, *, most: float, within: dict[str, Any] | None = None) -> float:
+        """Value of `key` as a positive number that arithmetic in float32 takes, up to `most`."""
+        value = self.get(key, float, default, within=within)
+        if not _LEAST <= value <= most:
+            raise ModelError(f"{self.path}: {key} is {value:g}, expected {_LEAST:g} to {most:g}", hint=_CORRECT)
         return value
 
 
@@ -114,10 +117,8 @@ class ModelConfig:
 def _rope(file: JsonFile) -> tuple[float, Llama3Rope | None]:
     """Rotary base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     scaling: dict[str, Any] = file.get("rope_parameters", dict, None) or file.get("rope_scaling", dict, None) or {}
-    theta = file.get("rope_theta", float, None, within=scaling) or file.get("rope_theta", float, 10000.0)
+    theta = file.number("rope_theta", 10000.0, most=1e15, within=scaling if scaling.get("rope_theta") else None)
     kind = file.get("rope_type", str, None, within=scaling) or file.get("type", str, "default", within=scaling)
-    if not 0 < theta < 1e15:
-        raise ModelError(f"{file.path}: rope_theta is {theta}, expected a positive number")
     if kind == "default":
         return theta, None
     if kind != "llama3":
@@ -125,33 +126,32 @@ def _rope(file: JsonFile) -> tuple[float, Llama3Rope | None]:
             f"{file.path}: rope type {kind!r} is not supported, only 'default' and 'llama3'",
             hint="remove the rope scaling from config.json to use the model's original context length",
         )
-    numbers = [file.get(key, float, within=scaling) for key in ("factor", "low_freq_factor", "high_freq_factor")]
-    original = file.get("original_max_position_embeddings", int, within=scaling)
-    if min(numbers) <= 0 or original <= 0 or numbers[2] <= numbers[1]:
+    factor, low, high = (
+        file.number(key, most=1e6, within=scaling) for key in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    if high <= low:
         raise ModelError(
-            f"{file.path}: rope scaling {scaling} needs positive values and high_freq_factor > low_freq_factor"
+            f"{file.path}: high_freq_factor is {high:g} and low_freq_factor {low:g}, expected the first to be larger",
+            hint=_CORRECT,
         )
-    return theta, Llama3Rope(numbers[0], numbers[1], numbers[2], original)
+    return theta, Llama3Rope(factor, low, high, file.positive("original_max_position_embeddings", within=scaling))
 
 
 def token_ids(file: JsonFile, key: str) -> tuple[int, ...]:
     """A token id or a list of them."""
     value = file.data.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise ModelError(f"{file.path}: {key} is {value!r}, expected a token id or a list of them")
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+        raise ModelError(f"{file.path}: {key} is {value!r:.80}, expected a token id or a list of them")
     return tuple(ids)
 
 
 def _context(file: JsonFile) -> int:
     """Longest sequence: within a sliding window full and windowed attention agree, so it caps the context."""
-    context = file.positive("max_position_embeddings", 2048)
-    window = file.get("sliding_window", int, None) if file.get("use_sliding_window", bool, True) else None
-    if window is None:
+    context = file.positive("max_position_embeddings", 2048, least=2)
+    if not file.get("use_sliding_window", bool, True):
         return context
-    if window <= 0:
-        raise ModelError(f"{file.path}: sliding_window is {window}, expected a positive number or null")
-    return min(context, window)
+    return min(context, file.positive("sliding_window", context, least=2))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -222,7 +222,7 @@ def read_config(model_dir: Path, tokenizer_dir: Path | None = None) -> ModelConf
         vocab_size=vocab,
         active_vocab_size=min(active, vocab),
         context_window_size=_context(file),
-        rms_norm_eps=file.get("rms_norm_eps", float, 1e-6),
+        rms_norm_eps=file.number("rms_norm_eps", 1e-6, most=1.0),
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=flag(arch.qkv_bias),

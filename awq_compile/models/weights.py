@@ -8,7 +8,6 @@ memory held never grows with the model.
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq_compile.errors import ModelError
+from awq_compile.json_input import parse_json
 from awq_compile.models.config import JsonFile, ModelConfig
 
 if TYPE_CHECKING:
@@ -83,13 +83,13 @@ def read_header(path: Path, error: type[ModelError] | type[Exception] = ModelErr
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 0 <= length <= min(_MAX_HEADER_BYTES, size - 8):
                 raise damaged(f"it has {size} bytes and announces a header of {length}")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length).decode("utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist: a part of the model is missing; download it again") from None
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror}") from None
-    except (ValueError, RecursionError) as problem:
-        raise damaged(f"its header is not JSON ({problem})") from None
+    except ValueError as problem:
+        raise damaged(f"its header cannot be read ({problem})") from None
     if not isinstance(header, dict):
         raise damaged("its header is not a JSON object")
     header.pop("__metadata__", None)

@@ -5,7 +5,6 @@ The library's functions and the KV cache do the work; sampling is NumPy. One `En
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq_compile.errors import ArtifactError, AwqCompileError, UsageError
+from awq_compile.json_input import parse_json
 from awq_compile.manifest import CHAT_CONFIG, Dist, open_dist
 from awq_compile.runtime.lean_tvm import Shape, tvm
 from awq_compile.runtime.memory import peak_memory_bytes
@@ -362,7 +362,7 @@ def read_metadata(vm: Any, library: Path) -> LibraryMetadata:
     """`_metadata` of a library, typed."""
     text = library_function(vm, "_metadata", library)()
     try:
-        data = json.loads(str(text))
+        data = parse_json(str(text))
         params = tuple((str(p["name"]), tuple(int(d) for d in p["shape"]), str(p["dtype"])) for p in data["params"])
         return LibraryMetadata(
             str(data["model_type"]),

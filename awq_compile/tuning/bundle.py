@@ -29,6 +29,7 @@ import numpy as np
 
 from awq_compile.artifact import disk_errors
 from awq_compile.errors import AwqCompileError, CompileError, UsageError
+from awq_compile.json_input import parse_json
 from awq_compile.targets.base import TargetSpec
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import ranked
@@ -232,9 +233,9 @@ def read_results(path: Path) -> Results:
 
 def _object(line: str) -> dict[str, Any]:
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CompileError(f"not JSON: {error}") from None
+        data = parse_json(line)
+    except ValueError as error:
+        raise CompileError(str(error)) from None
     if not isinstance(data, dict):
         raise CompileError(f"a JSON object is expected, found {type(data).__name__}")
     return data

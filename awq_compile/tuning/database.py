@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -23,7 +24,7 @@ from typing import Final, Literal
 from filelock import FileLock
 
 from awq_compile import settings
-from awq_compile.errors import AwqCompileError, CompileError
+from awq_compile.errors import AwqCompileError, CompileError, EnvironmentMissingError
 from awq_compile.problem import MatmulProblem
 from awq_compile.schedules import ColumnGemvSchedule, GemmSchedule, LinearSchedule
 from awq_compile.targets.base import TargetSpec
@@ -167,21 +168,24 @@ def merge(records: Iterable[Record]) -> list[Record]:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text("".join(f"{record.line()}\n" for record in records), encoding="utf-8")
         partial.replace(path)
+    except OSError as error:
+        raise EnvironmentMissingError(
+            f"{path} cannot be written: {error.strerror}", hint="free some space, or choose another place"
+        ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def add_records(path: Path, new: Iterable[Record]) -> None:
     """Puts records into a file, where each replaces the former one of its key and device; other processes wait."""
     fresh = {(record.key, record.device): record for record in new}
-    lock = user_folder().with_suffix(".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
+    with FileLock(settings.cache_folder() / "tuned.lock"):
         old = read_records(path)[0] if path.exists() else []
         kept = [record for record in old if (record.key, record.device) not in fresh]
         write_records(path, sorted([*kept, *fresh.values()], key=Record.line))

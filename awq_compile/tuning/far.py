@@ -42,18 +42,52 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    bundle = json.loads((HERE / "bundle.json").read_text(encoding="utf-8"))
+    bundle = read_bundle(HERE / "bundle.json")
     if options.child:
         answer_requests(bundle)
     else:
         measure_all(bundle, options.results, options.seconds)
 
 
+def read_bundle(path: Path) -> dict[str, Any]:
+    """What is measured. A file that was damaged on its way here ends the program."""
+    try:
+        bundle: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("bundle", "target", "tvm", "templates", "kind", "machine"):
+            bundle[name]
+        for plan in ("search", "final"):
+            float(bundle[plan]["limit"])
+        for work in bundle["works"]:
+            for name in ("problem", "bucket", "rows", "arrays", "expected"):
+                work[name]
+            for candidate in work["candidates"]:
+                candidate["schedule"], candidate.get("error") or candidate["file"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        sys.exit(f"{path} is damaged: {error!r:.200}\ncopy the whole bundle here again")
+    return bundle
+
+
+def read_lines(results: Path) -> list[dict[str, Any]]:
+    """What an earlier run found."""
+    try:
+        text = results.read_text(encoding="utf-8") if results.exists() else ""
+        lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        for line in lines[1:]:
+            for name in ("problem", "bucket", "rows"):
+                line[name]
+            for found in [line["found"]] if "found" in line else line["final"]:
+                if found["status"] == "ok":
+                    float(found["cold"]["median"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        sys.exit(f"{results} is damaged: {error!r:.200}\nremove it, and its measurements are made again")
+    return lines
+
+
 def measure_all(bundle: dict[str, Any], results: Path, seconds: float) -> None:
     """Adds to `results` what is not there yet, in the order of the bundle."""
     end = time.monotonic() + seconds
     head = {name: bundle[name] for name in ("bundle", "target", "tvm", "templates")}
-    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+    lines = read_lines(results)
     if lines and lines[0] != head:
         sys.exit(f"{results} holds the results of another bundle")
     with results.open("a", encoding="utf-8") as file, Child(bundle) as child:

@@ -22,6 +22,7 @@ from awq_compile.schedules import LinearSchedule
 from awq_compile.targets.roofs import Roof
 from awq_compile.tuning.fingerprint import Fingerprint
 from awq_compile.tuning.foreign import Candidate, decode_candidate, encode_candidate
+from awq_compile.tuning.record import are_seconds
 
 Status = Literal["ok", "wrong", "failed", "crashed", "hung"]
 STATUSES: Final[tuple[Status, ...]] = ("ok", "wrong", "failed", "crashed", "hung")
@@ -141,11 +142,11 @@ class Measurement:
             times = {name: Times(**data[name]) for name in ("cold", "warm") if name in data}
             for found in times.values():
                 values = (found.median, found.low, found.high)
-                if not all(isinstance(v, int | float) and math.isfinite(v) and v > 0 for v in values):
-                    raise CompileError(f"a measurement holds the times {values}")
+                if not all(map(are_seconds, values)) or type(found.count) is not int:
+                    raise CompileError(f"a measurement holds the times {values!s:.200}")
             device = Fingerprint(**data["device"]) if "device" in data else None
         except (KeyError, TypeError) as error:
-            raise CompileError(f"not a measurement: {error!r}") from None
+            raise CompileError(f"not a measurement: {error!r:.200}") from None
         if status not in STATUSES or (status == "ok" and "cold" not in times):
             raise CompileError(f"a measurement of status {status!r:.40} with the times {', '.join(times) or 'none'}")
         return Measurement(schedule, status, error=str(data.get("error", "")), device=device, **times)

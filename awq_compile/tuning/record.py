@@ -8,7 +8,7 @@ Lines come from outside as well, from another machine or by hand: every value is
 from __future__ import annotations
 
 import json
-import math
+import re
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from awq_compile.errors import AwqCompileError, CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
+from awq_compile.json_input import parse_json
 from awq_compile.problem import ROW_BUCKETS, MatmulProblem, decode_problem, serves
 from awq_compile.targets.base import TargetSpec
 from awq_compile.tuning.fingerprint import Fingerprint
@@ -29,7 +30,9 @@ from awq_compile.tuning.templates import (
 )
 
 _MOST: Final = 1 << 24  # of N and K
+_SHORTEST, _LONGEST = 1e-12, 1e6  # seconds of a kernel
 _TEXT: Final = 200  # characters of a name
+_WORD: Final = re.compile(r"[A-Za-z0-9_.:@+-]{0,64}")  # may become a part of a file's name
 
 
 @cache
@@ -114,9 +117,9 @@ def preset_of(spec: TargetSpec) -> str:
 def parse_record(line: str) -> Record:
     """Inverse of `Record.line`, for a line from outside. Raises `CompileError` saying what does not fit."""
     try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CompileError(f"not JSON: {error}") from None
+        data = parse_json(line)
+    except ValueError as error:
+        raise CompileError(str(error)) from None
     if not isinstance(data, dict):
         raise CompileError(f"a JSON object is expected, found {type(data).__name__}")
     known = {f.name for f in fields(Record)}
@@ -135,14 +138,14 @@ def parse_record(line: str) -> Record:
         _text(device, "name"), _text(device, "kind"), _text(device, "driver"), _integer(device, "units")
     )
     return Record(
-        machine=_text(data, "machine"),
-        preset=_text(data, "preset"),
+        machine=_word(data, "machine"),
+        preset=_word(data, "preset"),
         problem=problem,
         bucket=bucket,
         rows=rows,
         schedule=schedule,
         template_version=_integer(data, "template_version"),
-        tvm=_text(data, "tvm"),
+        tvm=_word(data, "tvm"),
         device=fingerprint,
         **{name: _seconds(data, name) for name in ("seconds", "low", "high", "untuned_seconds", "roofline_seconds")},
         trials=_integer(data, "trials"),
@@ -181,8 +184,14 @@ def _object(data: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _text(data: dict[str, Any], key: str) -> str:
-    if not isinstance(value := data.get(key), str) or len(value) > _TEXT:
-        raise CompileError(f"{key} is {value!r:.60}, expected a string of at most {_TEXT} characters")
+    if not isinstance(value := data.get(key), str) or len(value) > _TEXT or not value.isprintable():
+        raise CompileError(f"{key} is {value!r:.60}, expected a line of at most {_TEXT} characters")
+    return value
+
+
+def _word(data: dict[str, Any], key: str) -> str:
+    if not _WORD.fullmatch(value := _text(data, key)):
+        raise CompileError(f"{key} is {value!r:.60}, expected letters, digits and . _ - + : @, at most 64 of them")
     return value
 
 
@@ -192,8 +201,12 @@ def _integer(data: dict[str, Any], key: str) -> int:
     return value
 
 
+def are_seconds(value: Any) -> bool:
+    """Whether a value from outside is a time that a kernel can take."""
+    return type(value) in (int, float) and _SHORTEST <= value <= _LONGEST
+
+
 def _seconds(data: dict[str, Any], key: str) -> float:
-    value = data.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise CompileError(f"{key} is {value!r:.60}, expected seconds")
-    return float(value)
+    if not are_seconds(value := data.get(key)):
+        raise CompileError(f"{key} is {value!r:.60}, expected seconds from {_SHORTEST:g} to {_LONGEST:g}")
+    return float(value)  # type: ignore[arg-type]

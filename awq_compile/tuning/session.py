@@ -22,7 +22,7 @@ _LEAST_SECONDS = 5.0  # of a kernel, however small its share
 
 def trials_folder() -> Path:
     """Where the logs of searches are kept, from which a killed tuning goes on."""
-    return settings.cache_dir() / "tuning"
+    return settings.cache_folder("tuning")
 
 
 def tune_works(

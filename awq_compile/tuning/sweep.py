@@ -34,9 +34,11 @@ from typing import Any, Final
 
 from awq_compile.errors import AwqCompileError, CompileError, UsageError
 from awq_compile.formats import QuantScheme
+from awq_compile.json_input import parse_json
 from awq_compile.problem import ROW_BUCKETS
 from awq_compile.targets import resolve_target
 from awq_compile.tuning.ray_builds import check_address
+from awq_compile.tuning.record import are_seconds
 from awq_compile.tuning.rpc import Place
 
 STATE: Final = "sweep.jsonl"
@@ -116,7 +118,7 @@ def read_sweep(path: Path) -> list[Cell]:
         return list(_cells(found))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}") from None
     except AwqCompileError as error:
         raise UsageError(f"{path}: {error}", hint=error.hint) from None
@@ -199,9 +201,17 @@ def run_sweep(
         except AwqCompileError as error:
             yield CellResult(cell, [], {}, f"{error} ({error.hint})" if error.hint else str(error)), False
             continue
+        kernels = [_comparable(kernel) for kernel in kernels]
         with (folder / STATE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"cell": cell.key(), "kernels": kernels, "devices": devices}) + "\n")
         yield CellResult(cell, kernels, devices), False
+
+
+def _comparable(kernel: dict[str, Any]) -> dict[str, Any]:
+    """With the chosen time where the untuned schedule gave a wrong result, and so has none."""
+    if math.isfinite(kernel["untuned_seconds"]):
+        return kernel
+    return kernel | {"untuned_seconds": kernel["seconds"], "speedup": 1.0}
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
@@ -214,9 +224,30 @@ def _finished(path: Path) -> dict[str, dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-        for line in lines:
-            CellResult(line["cell"], line["kernels"], dict(line["devices"])).speedup  # noqa: B018 - raises
-        return {line["cell"]: line for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CompileError(f"{path} is damaged: {error!r:.200}", hint=f"remove {path}: its cells run again") from None
+        lines = [parse_json(line) for line in whole.decode("utf-8").splitlines()]
+        for number, line in enumerate(lines, 1):
+            if not _is_finished_cell(line):
+                raise ValueError(f"line {number} is no finished cell: {line!s:.120}")
+    except ValueError as error:
+        raise CompileError(f"{path} is damaged: {error}", hint=f"remove {path}: its cells run again") from None
+    return {line["cell"]: line for line in lines}
+
+
+def _is_finished_cell(line: Any) -> bool:
+    """Whether a line holds all that a report is made of."""
+    if not isinstance(line, dict) or not isinstance(line.get("cell"), str):
+        return False
+    kernels, devices = line.get("kernels"), line.get("devices")
+    return (
+        isinstance(kernels, list)
+        and isinstance(devices, dict)
+        and all(type(count) is int for count in devices.values())
+        and all(
+            isinstance(kernel, dict)
+            and all(isinstance(kernel.get(key), str) and kernel[key].isprintable() for key in ("kernel", "bucket"))
+            and all(are_seconds(kernel.get(key)) for key in ("seconds", "untuned_seconds", "roofline_seconds"))
+            and type(kernel.get("share")) in (int, float)
+            and 0 < kernel["share"] < 2  # of 1, with the rounding of a sum
+            for kernel in kernels
+        )
+    )

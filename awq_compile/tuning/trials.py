@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from awq_compile.errors import CompileError
+from awq_compile.json_input import parse_json
 from awq_compile.tuning.foreign import Candidate, decode_candidate, encode_candidate
 from awq_compile.tuning.measure import Measurement
 
@@ -77,7 +78,7 @@ class TrialLog:
 
     def _read(self, line: str) -> None:
         try:
-            data: dict[str, Any] = json.loads(line)
+            data: dict[str, Any] = parse_json(line)
             if "outputs" in data:
                 self.outputs = int(data["outputs"])
             elif "final" in data:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from awq_compile.errors import ArtifactError
+from awq_compile.json_input import read_object
 from awq_compile.manifest import file_sha256
 from awq_compile.targets.cuda_launch import with_waits
 from awq_compile.targets.cuda_source import with_digest
@@ -75,18 +76,9 @@ def cuda_source(module: Any) -> str:
 def read_sidecar(library: Path) -> Sidecar:
     """Reads the files beside a library. Raises `ArtifactError` where they are absent, damaged or another library's."""
     path = table_path(library)
-    try:
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing, and verifying needs it", hint="compile again with this version")
-        if (size := path.stat().st_size) > _MAX_BYTES:
-            raise ArtifactError(f"{path}: {size} bytes, and at most {_MAX_BYTES} are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from None
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    data = read_object(path, ArtifactError, _MAX_BYTES, hint="verifying needs it: compile again with this version")
     source = _source(source_path(library))
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+    if data.get("format") != FORMAT or data.get("version") != VERSION:
         raise ArtifactError(f"{path} is not a file of {FORMAT} in version {VERSION}")
     for what, found in (("library", file_sha256(library)), ("source", _digest(source) if source else None)):
         if data.get(what) != found:

@@ -229,7 +229,7 @@ HOSTILE: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("malformed", lambda data: {**data, "tables": {"f": {"name": "f", "params": [], "body": [["run", "rm"]]}}}),
     ("malformed", lambda data: {**data, "tables": {"f": {"name": "f", "params": [], "body": [["let", "a", "b"]]}}}),
     ("not JSON", lambda data: "{"),
-    ("not JSON", lambda data: "[" * 100_000),
+    ("nested too deeply", lambda data: "[" * 100_000),
 ]
 
 

@@ -201,6 +201,41 @@ def test_only_a_dist_is_replaced(tmp_path: Path) -> None:
     open_dist(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("name", [".dist.partial", ".dist.old"])
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_what_lies_where_we_work_is_left_alone(tmp_path: Path, name: str, what: str) -> None:
+    """Something of the user's with the name of a hidden sibling is refused by name, before any work."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("x")
+    if what == "folder":
+        (tmp_path / "mine").rename(tmp_path / name)
+    elif what == "file":
+        (tmp_path / name).write_text("x")
+    else:
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    before = tree(tmp_path)
+    for refuse in (artifact.check_output, lambda final: DistWriter(final).__enter__()):
+        with pytest.raises(UsageError, match=rf"/{name} is needed .* did not write"):
+            refuse(tmp_path / "dist")
+    assert tree(tmp_path) == before and not (tmp_path / "dist").exists()
+
+
+def test_a_dist_with_other_files_is_not_replaced(tmp_path: Path) -> None:
+    """Files that the user put into a DIST are named, and stay, also those that appear while another is written."""
+    config, scheme = model_config(tmp_path / "model"), QuantScheme.parse("w4g128")
+    write(tmp_path / "dist", config, scheme)
+    refused = pytest.raises(UsageError, match=r"manifest\.json does not name.*: lib/notes\.txt")
+    with refused, DistWriter(tmp_path / "dist") as dist:
+        (tmp_path / "dist" / "lib" / "notes.txt").write_text("mine")
+        dist.manifest("tiny", scheme, {})
+        dist.commit()
+    before = tree(tmp_path / "dist")
+    with pytest.raises(UsageError, match=r"lib/notes\.txt"):
+        artifact.check_output(tmp_path / "dist")
+    assert tree(tmp_path / "dist") == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dist", "model"]
+
+
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     """A second process that writes the same DIST is told to wait."""
     with DistWriter(tmp_path / "dist"):
@@ -227,7 +262,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 sys.path.insert(0, {unit!r})
 import test_artifact as t
-from awq_compile import artifact
+from awq_compile import artifact, ours
 from awq_compile.formats import QuantScheme
 from awq_compile.models.config import read_config
 
@@ -242,6 +277,9 @@ if point == "parameters":
 elif point == "exchanged":
     real_exchange = artifact._exchange
     artifact._exchange = lambda one, other: real_exchange(one, other) and die()
+elif point == "removing":
+    clear = ours.clear
+    ours.clear = lambda folder, *kept: (clear(folder, *kept), die())
 elif point == "renamed":
     artifact._exchange = lambda one, other: False
     real_rename = Path.rename
@@ -260,6 +298,7 @@ BEFORE_RENAME = ("parameters", "write_tokenizer", "write_text", "manifest", "com
     [
         *((point, before) for point in BEFORE_RENAME for before in (False, True)),
         ("exchanged", True),
+        ("removing", True),
         ("renamed", True),
     ],
 )
@@ -277,7 +316,7 @@ def test_a_kill_leaves_no_partial_dist(tmp_path: Path, point: str, before: bool)
     if final.exists():
         found = open_dist(final)
         found.verify()
-        assert found.manifest.scheme == ("w4g128" if point == "exchanged" else "w8g64")
+        assert found.manifest.scheme == ("w4g128" if point in ("exchanged", "removing") else "w8g64")
     else:
         assert not before or point == "renamed"
     write(final, config, scheme)

@@ -152,8 +152,7 @@ def driver_environment(*, lockstep: bool = False) -> dict[str, str]:
         environment["LD_LIBRARY_PATH"] = f"{intel.parent}:{before}" if before else str(intel.parent)
     if drivers:
         key = hashlib.sha256(repr(sorted(drivers.items())).encode()).hexdigest()[:16]
-        folder = settings.cache_dir() / "opencl" / key
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = settings.cache_folder("opencl", key)
         for name, text in drivers.items():
             (folder / name).write_text(text, encoding="utf-8")
         environment["OCL_ICD_VENDORS"] = str(folder)

@@ -41,11 +41,10 @@ def compile_shim(source: ShimSource) -> Path:
     command = [*_FLAGS, "-target", f"{_arch()}-linux-gnu", f"-mcpu={_processor()}"]
     include = Path(str(files("awq_compile.verify.executors") / "simt_include"))
     key = hashlib.sha256("\0".join([*command, _headers(), _zig_version(), source.text]).encode()).hexdigest()[:32]
-    folder = settings.cache_dir() / "simt"
+    folder = settings.cache_folder("simt")
     library = folder / f"{key}.so"
     if library.is_file():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     text, partial = folder / f".{key}.{os.getpid()}.cc", folder / f".{key}.{os.getpid()}.so"
     text.write_text(source.text, encoding="utf-8")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -144,8 +145,9 @@ def test_arrays_that_do_not_fit_are_refused_on_opening(array: str, value: Any, s
 def test_values_that_cannot_be_are_refused_on_reading(array: str, value: Any, says: str, damaged: Path) -> None:
     """NaN scales and zero points beyond the codes."""
     change(damaged, "layer-00001.safetensors", UP + array, value)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=says) as caught:
         open_checkpoint(damaged).matrix(UP + "weight")
+    assert caught.value.hint == f"remove {damaged}, and quantise the model again"
 
 
 def test_truncated_and_missing_files_are_refused(damaged: Path) -> None:
@@ -158,5 +160,15 @@ def test_truncated_and_missing_files_are_refused(damaged: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         open_checkpoint(damaged)
     (damaged / "awq_compile.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match="not JSON") as caught:
+        open_checkpoint(damaged)
+    assert caught.value.hint == f"remove {damaged}, and quantise the model again"
+
+
+@pytest.mark.parametrize(("value", "says"), [("NaN", r"reports\[0\]\.error is NaN"), ("1" + "0" * 400, "401 digits")])
+def test_an_error_that_is_no_number_is_refused(value: str, says: str, damaged: Path) -> None:
+    """As any number in the record: the report is made of it."""
+    record = damaged / "awq_compile.json"
+    record.write_text(re.sub(r'"error": [^,]+,', f'"error": {value},', record.read_text(), count=1))
+    with pytest.raises(CheckpointError, match=says):
         open_checkpoint(damaged)

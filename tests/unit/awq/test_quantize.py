@@ -19,8 +19,16 @@ from awq_compile.awq import work as work_module
 from awq_compile.awq.calibrate import CalibrationSpec
 from awq_compile.awq.checkpoint import is_checkpoint, open_checkpoint
 from awq_compile.awq.quantize import quantize_model
-from awq_compile.errors import AwqCompileError, CalibrationError, EnvironmentMissingError, ModelError, UsageError
+from awq_compile.errors import (
+    AwqCompileError,
+    CalibrationError,
+    CheckpointError,
+    EnvironmentMissingError,
+    ModelError,
+    UsageError,
+)
 from awq_compile.formats import QuantScheme
+from awq_compile.ours import MARK
 
 SCHEME = QuantScheme.parse("w4g32-h8")
 
@@ -174,13 +182,42 @@ def test_a_finished_checkpoint_is_kept_or_replaced_only_on_request(model: Path, 
         quantize_model(model, tmp_path / "mine", other, spec(text), replace=True)
 
 
+@pytest.mark.parametrize("names", [("notes.txt",), ("checkpoint/m",), ("a.b/c", "lock"), ("lock", "partial.json")])
+def test_a_folder_of_the_users_in_our_place_is_left_alone(
+    model: Path, text: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    """`q.partial` without our mark is refused by name, whatever is in it."""
+    for name in names:
+        (tmp_path / "q.partial" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "q.partial" / name).write_text("{}")
+    with pytest.raises(UsageError, match=r"q\.partial is needed .* did not write"):
+        quantize_model(model, tmp_path / "q", SCHEME, spec(text))
+    found = (p.relative_to(tmp_path / "q.partial").as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert sorted(found) == sorted(names)
+
+
+def test_anything_goes_from_a_folder_of_ours(model: Path, text: Path, tmp_path: Path) -> None:
+    """What a kill left of other inputs is cleared, directories as well, before the work starts afresh."""
+    left = tmp_path / "q.partial"
+    for folder in ("checkpoint", "replaced", "a.b"):
+        (left / folder).mkdir(parents=True)
+        (left / folder / "x").write_text("x")
+    (left / MARK).touch()
+    quantize_model(model, tmp_path / "q", SCHEME, spec(text), method="rtn", replace=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+
 def test_two_at_once_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
     """The second process on the same output stops, and does not disturb the first."""
 
     def second(done: int, _total: int, _left: float | None, _message: str) -> None:
         if done == 1:
-            with pytest.raises(UsageError, match="in use by another quantisation"):
+            with pytest.raises(CheckpointError, match=r"another awq-compile is writing .*/out") as caught:
                 quantize_model(model, tmp_path / "out", SCHEME, spec(text))
+            assert (caught.value.exit_code, caught.value.hint) == (
+                1,
+                "wait for it: then the same command takes what it made",
+            )
 
     quantize_model(model, tmp_path / "out", SCHEME, spec(text), on_progress=second)
     assert is_checkpoint(tmp_path / "out")

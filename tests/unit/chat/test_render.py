@@ -107,7 +107,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
         ({"chat_template": 5}, "chat_template is 5"),
         ({"chat_template": [{"name": "rag", "template": "x"}]}, r"has \['rag'\], and none is called 'default'"),
         ({"chat_template": "x" * (2 << 20)}, "expected a template of up to 1 MiB"),
-        ({"chat_template": "\ud800"}, "not Unicode text"),
+        ({"chat_template": "\ud800"}, "chat_template holds half of a surrogate pair"),
         ({"chat_template": "x", "bos_token": 5}, "bos_token is 5, expected a token's text"),
     ],
 )

@@ -78,6 +78,11 @@ def test_a_first_word_that_is_a_verb_is_a_verb(run: Run, tmp_path: Path) -> None
         (["run", "x", "--top-p", "2", "--prompt", "x"], "Invalid value for '--top-p'"),
         (["bench", "--runs", "0", "x"], "Invalid value for '--runs'"),
         (["eval"], "Missing argument"),
+        *(
+            ([*words, "--seed", seed], "Invalid value for '--seed'")
+            for words in (["x"], ["quantize", "x", "-o", "q"], ["eval", "x"], ["run", "x"], ["chat", "x"], ["tune"])
+            for seed in ("-1", str(1 << 32))
+        ),
     ],
 )
 def test_usage_errors(run: Run, words: list[str], message: str) -> None:

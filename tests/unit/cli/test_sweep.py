@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_cli import Run
@@ -12,7 +14,8 @@ from helpers_tuning import FakeMeasurer
 import awq_compile
 from awq_compile.cli import sweep, tune
 from awq_compile.errors import CompileError, UsageError
-from awq_compile.tuning.sweep import Cell, SweepDevice, read_sweep
+from awq_compile.tuning.sweep import Cell, SweepDevice, read_sweep, run_sweep
+from awq_compile.tuning.sweep_report import sweep_html
 
 DEMO = Path(awq_compile.__file__).parent / "data" / "demo"
 SWEEP = f"""
@@ -58,9 +61,52 @@ def test_a_sweep_goes_on_and_reports(run: Run, monkeypatch: pytest.MonkeyPatch, 
     assert run("sweep", file, "--out", out)[0] == 1
     assert len(fake.measured) == measured and len(places) == 2
     assert (out / "report.html").read_text() == report
-    (out / "sweep.jsonl").write_text("{}\n")
-    code, _, err = run("sweep", file, "--out", out)
-    assert code == 1 and "sweep.jsonl is damaged" in err
+
+
+KERNEL = {"kernel": "a", "bucket": "gemv", "share": 1, "seconds": 1e-5, "untuned_seconds": 2e-5}
+KERNEL |= {"roofline_seconds": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"cell": 5}, "line 1 is no finished cell"),
+        ({"devices": {"here": "x"}}, "line 1 is no finished cell"),
+        ({"kernels": [5]}, "line 1 is no finished cell"),
+        *(
+            ({"kernels": [KERNEL | {key: value}]}, "line 1 is no finished cell")
+            for key, value in (
+                *(("share", None), ("share", 0), ("roofline_seconds", "x"), ("seconds", 0), ("untuned_seconds", 1e300)),
+                *(("kernel", "a\n"), ("bucket", 7)),
+            )
+        ),
+        ({"kernels": [KERNEL | {"seconds": float("nan")}]}, r"kernels\[0\]\.seconds is NaN"),
+        ({"kernels": [KERNEL | {"seconds": 10**400}]}, "seconds is an integer of 401 digits"),
+        ({"kernels": [KERNEL | {"kernel": "\ud800"}]}, "kernel holds half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "Expecting"),
+    ],
+)
+def test_a_state_that_does_not_fit(tmp_path: Path, changes: dict[str, Any] | str, reason: str) -> None:
+    """One error with the file and the reason, before any cell is tuned; a line that fits is taken."""
+    cell = Cell("a", None, SweepDevice("cpu", "cpu"), ("gemv",), 1, 1, 0, None)
+    good: dict[str, Any] = {"cell": cell.key(), "kernels": [KERNEL], "devices": {}}
+    tune = pytest.fail
+    (tmp_path / "sweep.jsonl").write_text(json.dumps(good) + "\n")
+    ((result, earlier),) = run_sweep([cell], tmp_path, tune)
+    assert earlier and sweep_html([result])
+    (tmp_path / "sweep.jsonl").write_text((changes if isinstance(changes, str) else json.dumps(good | changes)) + "\n")
+    with pytest.raises(CompileError, match=f"sweep.jsonl is damaged: .*{reason}"):
+        list(run_sweep([cell], tmp_path, tune))
+
+
+def test_an_untuned_schedule_that_is_wrong_has_no_time(tmp_path: Path) -> None:
+    """The sweep goes on from its own file, without an infinite speed-up."""
+    cell = Cell("a", None, SweepDevice("cpu", "cpu"), ("gemv",), 1, 1, 0, None)
+    kernels = [KERNEL | {"untuned_seconds": math.inf, "speedup": math.inf}]
+    for _ in range(2):
+        ((result, _),) = run_sweep([cell], tmp_path, lambda _cell: (kernels, {}))
+        assert result.speedup == 1.0
 
 
 def test_a_failed_cell_says_what_to_do(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,6 +168,7 @@ def test_a_cluster_builds_for_the_devices_elsewhere(tmp_path: Path) -> None:
         ('models = ["a"]\n[[device]]\ntarget = "cpu"\ntracker = "h:1"', "which devices"),
         ('models = ["a"]\n[[device]]\ntarget = "cpu"\n[[device]]\ntarget = "cpu"', "the same name"),
         ("models = ", "not TOML"),
+        (f'models = ["a"]\nseed = {"1" * 5000}', "not TOML"),
     ],
 )
 def test_a_key_that_does_not_fit_is_named(tmp_path: Path, changes: str, message: str) -> None:

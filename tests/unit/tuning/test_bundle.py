@@ -102,12 +102,15 @@ DAMAGE: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
     "no target": (lambda lines: lines[0].update(target="abacus"), "1: .*abacus"),
     "status": (first("found", status="splendid"), "3: .*splendid"),
     "time": (first("found", cold={"median": -1, "low": 1, "high": 1, "count": 1}), "3: a measurement holds the times"),
+    "long time": (first("found", cold={"median": 10**400, "low": 1, "high": 1, "count": 1}), "3: .*401 digits"),
+    "count": (first("found", cold={"median": 1, "low": 1, "high": 1, "count": "x"}), "3: a measurement holds"),
     "no times": (first("found", cold=7), "3: not a measurement"),
     "schedule": (first("found", schedule={"template": "simd_gemv", "lanes": 16, "rows": 65536}), "3: "),
     "problem": (first("problem", n=10**9), "3: n is"),
     "rows": (lambda lines: lines[2].update(rows=4), "3: .*4 rows are not in the bucket gemv"),
     "list": (lambda lines: lines.insert(2, []), "3: a JSON object is expected"),  # type: ignore[arg-type]
     "rule": (lambda lines: lines[5].update(final=lines[5]["final"][1:]), "6: .*not the untuned schedule"),
+    "surrogate": (first("found", error="\ud800"), "3: .*found.error holds half of a surrogate pair"),
     "device": (lambda lines: [m["device"].update(name=["x"]) for m in lines[5]["final"]], "6: name is"),
 }
 

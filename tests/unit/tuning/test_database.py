@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from awq_compile.cli.main import main
 from awq_compile.errors import CompileError
 from awq_compile.formats import Float16Spec, QuantSpec
 from awq_compile.problem import Epilogue, MatmulProblem
@@ -227,6 +228,9 @@ def test_nothing_is_lost_where_two_add_at_once(tmp_path: Path) -> None:
         {"seconds": -1},
         {"seconds": "1"},
         {"seconds": float("nan")},
+        {"seconds": 10**400},
+        {"seconds": 1e300},
+        {"low": 5e-324},
         {"trials": True},
         {"schedule": {"template": "simt_gemv"}},
         {"schedule": []},
@@ -234,6 +238,13 @@ def test_nothing_is_lost_where_two_add_at_once(tmp_path: Path) -> None:
         {"problem": {"n": 1 << 40, "k": 128}},
         {"device": {"name": "x"}},
         {"machine": "x" * 1000},
+        {"machine": "x/../../../evil"},
+        {"machine": "x\\evil"},
+        {"preset": "/x/y"},
+        {"preset": "a b"},
+        {"tvm": "0.1\n"},
+        {"device": {"name": "\ud800", "kind": "gpu", "driver": "1", "units": 8}},
+        {"device": {"name": "\x1b[2J", "kind": "gpu", "driver": "1", "units": 8}},
         {"command": "rm"},
         {"runner_up": 1},
     ],
@@ -248,6 +259,18 @@ def test_a_damaged_line_is_skipped_and_named(tmp_path: Path, damage: str | dict[
     assert len(records) == 2
     (note,) = notes
     assert note.startswith(f"{path}:3: skipped, not a record: ")
+
+
+@pytest.mark.parametrize("changes", [{"machine": "x/../../../../evil"}, {"preset": "/x/y"}])
+def test_no_line_leads_out_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], changes: dict[str, str]
+) -> None:
+    """What `tune --merge` writes is named after the records' words, and a path is not one of them."""
+    monkeypatch.setenv("AWQ_COMPILE_CACHE", str(tmp_path / "deep" / "cache"))
+    (tmp_path / "in.jsonl").write_text(json.dumps(json.loads(record().line()) | changes) + "\n")
+    main(["tune", "--merge", str(tmp_path / "in.jsonl")])
+    assert f"{tmp_path / 'in.jsonl'}:1: skipped, not a record: " in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob("*.jsonl")] == ["in.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,38 @@ def test_only_a_candidate_that_fails_costs_a_process(tmp_path: Path, monkeypatch
     assert [each["schedule"] for each in final] == [schedules[i] for i in (0, 6, 3, 1)]
 
 
+WORK = {"problem": 1, "bucket": "gemv", "rows": 1, "arrays": [], "expected": [], "candidates": []}
+BUNDLE = {"bundle": "b", "target": "t", "tvm": "1", "templates": {}, "kind": "llvm", "machine": "m"}
+BUNDLE |= {"search": {"limit": 2.0}, "final": {"limit": 2.0}, "works": [WORK]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *("", "{", "[]", "\ufeff{}", "[" * 100_000, '{"bundle": ' + "1" * 5000 + "}"),
+        *({"works": 5}, {"works": [5]}, {"works": [{}]}, {"works": [WORK | {"candidates": [{"schedule": 1}]}]}),
+        *({"search": {}}, {"final": {"limit": "x"}}),
+    ],
+)
+def test_a_damaged_bundle_is_one_line_and_what_to_do(tmp_path: Path, changes: dict[str, Any] | str) -> None:
+    """The file and the reason, without a traceback; a good one is read."""
+    path = tmp_path / "bundle.json"
+    path.write_text(json.dumps(BUNDLE))
+    assert far.read_bundle(path) == BUNDLE
+    path.write_text(changes if isinstance(changes, str) else json.dumps(BUNDLE | changes))
+    with pytest.raises(SystemExit, match=r"bundle\.json is damaged: .*\ncopy the whole bundle here again"):
+        far.read_bundle(path)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", json.dumps(WORK | {"found": {"status": "ok", "cold": 5}})])
+def test_damaged_results_are_one_line_and_what_to_do(tmp_path: Path, line: str) -> None:
+    """A cut or foreign line, by its file."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{{}}\n{line}\n")
+    with pytest.raises(SystemExit, match=r"results\.jsonl is damaged: .*\nremove it"):
+        far.read_lines(path)
+
+
 def test_when_time_is_up_the_kernel_in_hand_is_brought_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
