@@ -227,10 +227,11 @@ class Weights:
 
     def __init__(self, problem: MatmulProblem, generator: torch.Generator) -> None:
         self.problem, (n, k) = problem, (problem.n, problem.k)
-        assert problem.spec == QuantSpec(4, 128), problem.spec
+        spec = problem.spec
+        assert isinstance(spec, QuantSpec) and (spec.bits, spec.symmetric, spec.order) == (4, True, "NK"), spec
         self.copies = max(2, -(-ROTATED_BYTES // problem.weight_nbytes))
         words = torch.randint(-(2**31), 2**31, (n, k // 8), dtype=torch.int32, device="cuda", generator=generator)
-        scales = torch.rand((n, k // 128), device="cuda", generator=generator) + 0.5
+        scales = torch.rand((n, k // spec.group), device="cuda", generator=generator) + 0.5
         sign = torch.randint(0, 2, scales.shape, device="cuda", generator=generator) * 2 - 1
         scales = (scales * sign / 128).bfloat16().half()
         self.packed = [(words.clone(), scales.clone()) for _ in range(self.copies)]
@@ -242,7 +243,7 @@ class Weights:
         n, k = self.problem.n, self.problem.k
         place = torch.arange(k, device="cuda")
         codes = spec.layout.code(lambda i: words[:, i].long() & 0xFFFFFFFF, place)
-        return ((codes - spec.zero).to(dtype).view(n, k // 128, 128) * scales.to(dtype)[:, :, None]).view(n, k)
+        return ((codes - spec.zero).to(dtype).view(n, -1, spec.group) * scales.to(dtype)[:, :, None]).view(n, k)
 
     @cached_property
     def float16(self) -> list[torch.Tensor]:

@@ -29,6 +29,7 @@ from awq_compile.schedules import (
     LinearSchedule,
     MatrixGemmSchedule,
     MatrixGemvSchedule,
+    SimtGemvSchedule,
     StagedMatrixSchedule,
     WarpgroupSchedule,
 )
@@ -72,9 +73,19 @@ _DECODE_ATTENTION: Final = DecodeAttentionSchedule(
 
 
 def _templates(arch: str) -> GpuTemplates:
-    """Tensor cores take K = 16 at a time from sm_80 on."""
-    gemm = MatrixGemmSchedule(64, 64, 64, 2, 2, unit=8, instruction=f"m16n8k{_mma_k(arch)}", magic=True)
-    return GpuTemplates(32, 4, 2, 32, 4, gemm, ColumnGemvSchedule(32, 8, 1, unit=8), magic=True)
+    """Tensor cores take K = 16 at a time from sm_80 on.
+
+    Few rows by an H200, docs/performance.md. Before sm_90 conversions to float are slower (CUDA C++ Programming Guide,
+    arithmetic throughput).
+    """
+    magic = int(arch.removeprefix("sm_")) < 90
+    return GpuTemplates(
+        SimtGemvSchedule(256, 1, 4, 16, magic=magic),
+        SimtGemvSchedule(64, 2, 4, 16, batch=4, magic=magic),
+        MatrixGemmSchedule(64, 64, 64, 2, 2, unit=8, instruction=f"m16n8k{_mma_k(arch)}", magic=True),
+        ColumnGemvSchedule(32, 8, 1, unit=8, magic=True),
+        SimtGemvSchedule(32, 4, 2, 16),
+    )
 
 
 # Multiprocessors of an H100 and an H200. The rules below are by an H200, `docs/performance.md`.

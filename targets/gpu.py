@@ -46,20 +46,16 @@ class HardwareLimits:
 
 @dataclass(frozen=True)
 class GpuTemplates:
-    """The untuned schedules of a device; `unit` and `rows` are what its compiler and registers take.
+    """The untuned schedules of a device.
 
-    The first four fields are for few rows and weights in NK, `column` for few rows and weights in KN, and `float16`,
-    where it is given, for one row and weights in float16.
+    `gemv` and `small` are for one and for few rows and weights in NK, `column` for few rows and weights in KN, and
+    `float16`, where it is given, for one row and weights in float16.
     """
 
-    k_threads: int
-    row_groups: int
-    rows: int
-    unit: int
-    small_batch: int
+    gemv: SimtGemvSchedule
+    small: SimtGemvSchedule
     gemm: SimtGemmSchedule | MatrixGemmSchedule
     column: ColumnGemvSchedule
-    magic: bool = False
     float16: SimtGemvSchedule | None = None
 
 
@@ -87,27 +83,34 @@ class GpuTarget(TargetSpec):
 
     def rule(self, problem: MatmulProblem) -> LinearSchedule:
         """The device's templates, with units that the format has."""
-        t, subgroup = self.templates, self.limits.subgroup
-        # 3-bit codes come in blocks of 32; wider units than 16 bytes of words are split loads.
-        three = isinstance(problem.spec, QuantSpec) and problem.spec.bits == 3
-        unit = 32 if three else min(t.unit, 16) if not isinstance(problem.spec, QuantSpec) else t.unit
+        t, spec = self.templates, problem.spec
+        three = isinstance(spec, QuantSpec) and spec.bits == 3  # whose codes come in blocks of 32
         gemv: FewRows
         small: FewRows
-        if isinstance(problem.spec, QuantSpec) and problem.spec.order == "KN":
-            gemv = replace(t.column, unit=32 if three else t.column.unit, magic=t.magic).fit(problem.n)
-            small = replace(gemv, batch=t.small_batch)
+        if isinstance(spec, QuantSpec) and spec.order == "KN":
+            gemv = replace(t.column, unit=32 if three else t.column.unit).fit(problem.n)
+            small = replace(gemv, batch=t.small.batch)
+        elif isinstance(spec, QuantSpec) or t.float16 is None:
+            gemv, small = self._fitted_gemv(t.gemv, problem), self._fitted_gemv(t.small, problem)
         else:
-            simt = SimtGemvSchedule(t.k_threads, t.row_groups, t.rows, unit, 1, subgroup, t.magic)
-            if t.float16 is not None and not isinstance(problem.spec, QuantSpec):
-                simt = t.float16
-            while simt.k_threads * simt.unit >= 2 * problem.k:  # half the threads would have nothing of a row
-                simt = replace(simt, k_threads=simt.k_threads // 2, row_groups=simt.row_groups * 2)
-            gemv = simt
-            small = replace(simt, batch=t.small_batch, unit=32 if three else min(simt.unit, 16))
+            gemv = self._fitted_gemv(t.float16, problem)
+            small = replace(gemv, batch=t.small.batch)
         gemm = _fitted(t.gemm, problem.k, 32 if three else t.gemm.unit)
         chosen = LinearSchedule(gemv, small, gemm)
         self.check(problem, chosen)
         return chosen
+
+    def _fitted_gemv(self, gemv: SimtGemvSchedule, problem: MatmulProblem) -> SimtGemvSchedule:
+        """With a unit of the format, and threads along K of which more than half have a part of a row."""
+        unit = gemv.unit
+        if not isinstance(problem.spec, QuantSpec):
+            unit = min(unit, 16)
+        elif problem.spec.bits == 3:
+            unit = 32
+        k_threads, row_groups = gemv.k_threads, gemv.row_groups
+        while k_threads * unit >= 2 * problem.k:
+            k_threads, row_groups = k_threads // 2, row_groups * 2
+        return replace(gemv, k_threads=k_threads, row_groups=row_groups, unit=unit, subgroup=self.limits.subgroup)
 
     def check(self, problem: MatmulProblem, chosen: LinearSchedule) -> None:
         """Raises `CompileError` naming the limit that a schedule exceeds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, MatrixGemmSchedule, SimtGemvSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, decode_attention, tvm_limits
 
 _LIMITS: Final = HardwareLimits(
@@ -17,11 +17,8 @@ _LIMITS: Final = HardwareLimits(
     source="Apple, Metal Feature Set Tables, 'GPU implementation limits by family', Apple7 and later",
 )
 _TEMPLATES: Final = GpuTemplates(
-    32,
-    4,
-    4,
-    32,
-    4,
+    SimtGemvSchedule(32, 4, 4, 32),
+    SimtGemvSchedule(32, 4, 4, 16, batch=4),
     MatrixGemmSchedule(32, 64, 32, 2, 2, unit=8, instruction="simdgroup8x8"),
     ColumnGemvSchedule(32, 8, 1, unit=8),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from awq_compile.errors import UsageError
-from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule
+from awq_compile.schedules import ColumnGemvSchedule, SimtGemmSchedule, SimtGemvSchedule
 from awq_compile.targets.gpu import GpuTarget, GpuTemplates, HardwareLimits, decode_attention, tvm_limits
 from awq_compile.targets.link import library_suffix, llvm_triple
 
@@ -44,13 +44,23 @@ _TEMPLATES: Final = {
     # By scripts/bench_dlight on Intel's CPU runtime: units of 8, four rows and conversion by bits together give 1.3
     # to 2 times the rate of units of 32 and two rows, more on a small matrix; on a GPU 32 threads read 128 bytes.
     "generic": GpuTemplates(
-        *(32, 4, 4, 8, 4),
+        SimtGemvSchedule(32, 4, 4, 8, magic=True),
+        SimtGemvSchedule(32, 4, 4, 8, batch=4, magic=True),
         SimtGemmSchedule(32, 64, 32, 4, 4, 8),
-        ColumnGemvSchedule(32, 8, 1, unit=8),
-        magic=True,
+        ColumnGemvSchedule(32, 8, 1, unit=8, magic=True),
     ),
-    "adreno": GpuTemplates(64, 2, 2, 8, 4, _PHONE_GEMM, ColumnGemvSchedule(64, 4, 1, unit=8)),
-    "mali": GpuTemplates(16, 8, 2, 8, 4, _PHONE_GEMM, ColumnGemvSchedule(16, 8, 2, unit=8)),
+    "adreno": GpuTemplates(
+        SimtGemvSchedule(64, 2, 2, 8),
+        SimtGemvSchedule(64, 2, 2, 8, batch=4),
+        _PHONE_GEMM,
+        ColumnGemvSchedule(64, 4, 1, unit=8),
+    ),
+    "mali": GpuTemplates(
+        SimtGemvSchedule(16, 8, 2, 8),
+        SimtGemvSchedule(16, 8, 2, 8, batch=4),
+        _PHONE_GEMM,
+        ColumnGemvSchedule(16, 8, 2, unit=8),
+    ),
 }
 _ANDROID_GPUS: Final = {"adreno": _ADRENO, "mali": _MALI, "generic": _GENERIC}
 

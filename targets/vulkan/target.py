@@ -20,13 +20,24 @@ def _limits(max_threads: int, shared_kib: int, registers: int, source: str) -> H
 
 
 _DESKTOP: Final = GpuTemplates(
-    32, 4, 2, 32, 4, SimtGemmSchedule(32, 64, 32, 4, 4, 8), ColumnGemvSchedule(32, 8, 1, unit=8)
+    SimtGemvSchedule(32, 4, 2, 32),
+    SimtGemvSchedule(32, 4, 2, 16, batch=4),
+    SimtGemmSchedule(32, 64, 32, 4, 4, 8),
+    ColumnGemvSchedule(32, 8, 1, unit=8),
 )
 # By `scripts/bench_vulkan_linears build --sweep` on an H200, docs/performance.md. x is prepared once for 8 rows, or
 # instructions would bound INT4; float16 weights need none, but loads that lie side by side.
-_NVIDIA: Final = replace(_DESKTOP, k_threads=64, row_groups=2, rows=8, float16=SimtGemvSchedule(32, 4, 2, 8))
+_NVIDIA: Final = replace(
+    _DESKTOP,
+    gemv=SimtGemvSchedule(64, 2, 8, 32),
+    small=SimtGemvSchedule(64, 2, 8, 16, batch=4),
+    float16=SimtGemvSchedule(32, 4, 2, 8),
+)
 _PHONE: Final = GpuTemplates(
-    32, 4, 2, 8, 4, SimtGemmSchedule(32, 32, 32, 4, 4, 8), ColumnGemvSchedule(64, 4, 1, unit=8)
+    SimtGemvSchedule(32, 4, 2, 8),
+    SimtGemvSchedule(32, 4, 2, 8, batch=4),
+    SimtGemmSchedule(32, 32, 32, 4, 4, 8),
+    ColumnGemvSchedule(64, 4, 1, unit=8),
 )
 _GPUS: Final = {
     "": (_limits(256, 32, 128, f"{_REPORTS}: the least among current drivers of desktop and phone GPUs"), _DESKTOP),

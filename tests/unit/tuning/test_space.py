@@ -13,7 +13,7 @@ from awq_compile.formats import Float16Spec, QuantSpec, WeightSpec
 from awq_compile.problem import Epilogue, MatmulProblem
 from awq_compile.schedules import GemvSchedule, MatrixGemvSchedule, SimtGemmSchedule, WarpgroupSchedule
 from awq_compile.targets import resolve_target
-from awq_compile.targets.gpu import GpuTarget
+from awq_compile.targets.gpu import GpuTarget, decode_attention
 from awq_compile.targets.roofs import nominal_roof
 from awq_compile.tuning.cost import estimate, ranked, roofline_seconds
 from awq_compile.tuning.database import known_records
@@ -141,7 +141,8 @@ def test_members_are_the_legal_combinations(target: str, bucket: str) -> None:
 def small_gpu(**limits: Any) -> GpuTarget:
     spec = resolve_target("opencl")
     assert isinstance(spec, GpuTarget)
-    return replace(spec, limits=replace(spec.limits, **limits))
+    smaller = replace(spec.limits, **limits)
+    return replace(spec, limits=smaller, decode_attention=decode_attention(smaller))
 
 
 @pytest.mark.parametrize(
