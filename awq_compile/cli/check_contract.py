@@ -37,8 +37,8 @@ def check_contract(
         output.say(f"what to do: {fix}")
     warnings = len(findings) - errors
     also = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
-    verdict = f"breaks the contract in {errors} place{'s' * (errors != 1)}" if errors else "keeps the contract"
-    output.say(f"{shown(path)} {verdict} of the MLC runtime{also}")
+    verdict = f"breaks the contract of the MLC runtime in {errors} place{'s' * (errors != 1)}"
+    output.say(f"{shown(path)} {verdict if errors else 'keeps the contract of the MLC runtime'}{also}")
     output.result({"dist": str(path), "passed": errors == 0, "findings": [f.to_json() for f in findings]})
     if errors:
         raise typer.Exit(ExitCode.FAILED)

@@ -385,7 +385,7 @@ def test_the_command_tells_people_and_programs(dist: Path, capsys: pytest.Captur
     in_code(of_function("prefill", num_arguments=2))(dist)
     assert main(["check-contract", str(dist)]) == 1
     told = capsys.readouterr().out
-    assert "breaks the contract in 1 place" in told and "prefill" in told
+    assert "breaks the contract of the MLC runtime in 1 place" in told and "prefill" in told
     assert main(["check-contract", str(dist), "--json"]) == 1
     result = json.loads(capsys.readouterr().out)
     (error,) = (f for f in result["findings"] if f["severity"] == "error")
