@@ -109,7 +109,7 @@ def _gpu_choices(problem: MatmulProblem, bucket: str, rule: Schedule) -> dict[st
     units = (8, 16, 32)
     if isinstance(rule, SimtGemvSchedule):
         return {
-            "k_threads": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+            "k_threads": tuple(sorted({1, 2, 4, 8, 16, 32, 64, 128, rule.k_threads})),
             "row_groups": (1, 2, 4, 8, 16, 32),
             "rows": (2, 4, 8),
             "unit": units,
