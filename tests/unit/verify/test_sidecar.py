@@ -14,7 +14,7 @@ def test_the_damaged_file_is_named(tmp_path: Path) -> None:
     """Launch tables that are not JSON, and a source that is not text."""
     library = tmp_path / "model.so"
     library.write_bytes(b"library")
-    with pytest.raises(ArtifactError, match=r"model.so.launch.json is missing"):
+    with pytest.raises(ArtifactError, match=r"model.so.launch.json does not exist"):
         read_sidecar(library)
     table_path(library).write_text("{}")
     source_path(library).write_bytes(b"\xff")
@@ -22,5 +22,5 @@ def test_the_damaged_file_is_named(tmp_path: Path) -> None:
         read_sidecar(library)
     source_path(library).unlink()
     table_path(library).write_bytes(b"\xff")
-    with pytest.raises(ArtifactError, match=r"model.so.launch.json is not JSON"):
+    with pytest.raises(ArtifactError, match=r"model.so.launch.json: not UTF-8 text"):
         read_sidecar(library)
